@@ -1,0 +1,1 @@
+"""Compilers, targets and the engine package."""

@@ -1,0 +1,1 @@
+"""From a training artifact to ONNX graphs and an engine package."""

@@ -1,0 +1,74 @@
+"""The encoder graph: clips of frames in, visual tokens of the language model's width out.
+
+    uint8 (clips, T, H, W, 3) -> normalise -> backbone -> reduce -> pixel shuffle -> MLP -> (clips, tokens, D_llm)
+
+The backbone is the LiteFrame student, which compresses on its way, or a frame-wise ViT with a reducer behind it.
+A clip leaves as `units` in time order: one for each time step that is left after compression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .liteframe import LiteFrame, LiteFrameConfig
+from .projector import Projector
+from .reducers import REDUCERS
+from .vit import VisionTransformer, ViTConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """`reducer` and `window` apply to a ViT backbone only; the student has its compression inside."""
+
+    backbone: ViTConfig | LiteFrameConfig
+    output_size: int
+    clip_length: int = 4
+    reducer: str = "wap"
+    window: tuple[int, int, int] = (4, 2, 2)
+    shuffle: int = 2
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def vit(self) -> ViTConfig:
+        return self.backbone.vit if isinstance(self.backbone, LiteFrameConfig) else self.backbone
+
+
+class VideoEncoder(nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.tensor(config.mean) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.std) * 255, persistent=False)
+        self.backbone: nn.Module
+        if isinstance(config.backbone, LiteFrameConfig):
+            self.backbone, self.reducer = LiteFrame(config.backbone), None
+            units, h, w = config.backbone.grids()[-1]
+            size = config.backbone.head_size
+        else:
+            self.backbone = VisionTransformer(config.backbone)
+            grid = (config.clip_length, *config.backbone.grid)
+            self.reducer = REDUCERS[config.reducer](grid, config.window if config.reducer != "none" else (1, 1, 1))
+            units, h, w = self.reducer.grid
+            size = config.backbone.hidden_size
+        self.units_per_clip = units
+        self.projector = Projector(size, config.output_size, (h, w), config.shuffle)
+        self.tokens_per_clip = units * self.projector.tokens
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
+        clip_length, height, width = frames.shape[1:4]
+        images = (frames.reshape(-1, height, width, 3).to(self.mean.dtype) - self.mean) / self.std
+        features = self.backbone(images)
+        if self.reducer is not None:
+            features = self.reducer(features.reshape(-1, clip_length, *features.shape[1:]))
+        tokens = self.projector(features.reshape(-1, *features.shape[2:]))
+        return tokens.reshape(-1, self.tokens_per_clip, self.config.output_size)

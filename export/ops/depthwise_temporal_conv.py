@@ -1,0 +1,120 @@
+"""DepthwiseTemporalConv: a depth-wise convolution over time, or over time, height and width, on the token layout.
+
+    x       (clips, T, N, C)       tokens of N = prod(grid) positions; grid (N,) or (H, W)
+    weight  (C, 1, kt, kn) or (C, 1, kt, kh, kw), odd kernel sizes
+    bias    (C,)
+    out     (clips, T', N', C)     T' = ceil(T / st), and likewise each axis of the grid
+
+Cross-correlation with zero padding of (k - 1) / 2 on both ends of every axis, as torch's convolutions.
+
+Attributes of the ONNX node: `grid`, `strides` (one more entry than grid: time first), `pads`, `channels`, and two
+permutations that spare the function body any arithmetic on ranks; a plugin needs only grid and strides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import DOMAIN, VERSION
+
+NAME = "DepthwiseTemporalConv"
+ATTRIBUTES = ("grid", "strides", "pads", "channels", "to_channels_first", "to_channels_last", "plugin_namespace")
+
+
+def depthwise_temporal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], strides: Sequence[int]
+) -> Tensor:
+    """See the head of this file for shapes. Under export it becomes one node."""
+    clips, channels = x.shape[0], x.shape[3]
+    pads = [k // 2 for k in weight.shape[2:]]
+    # positions of the axes of (clips, T, *grid, C)
+    to_first = [0, len(grid) + 2, *range(1, len(grid) + 2)]
+    to_last = [0, *range(2, len(grid) + 3), 1]
+    if torch.compiler.is_exporting():
+        time, *space = (math.ceil(n / s) for n, s in zip((x.shape[1], *grid), strides, strict=True))
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{NAME}",
+            (x, weight, bias),
+            {
+                "grid": list(grid),
+                "strides": list(strides),
+                "pads": pads * 2,
+                "channels": channels,
+                "to_channels_first": to_first,
+                "to_channels_last": to_last,
+                "plugin_namespace": DOMAIN,
+            },
+            dtype=x.dtype,
+            shape=(clips, time, math.prod(space), channels),
+            version=VERSION,
+        )
+    conv = {1: F.conv2d, 2: F.conv3d}[len(grid)]
+    x = x.reshape(clips, x.shape[1], *grid, channels).permute(to_first)
+    out = conv(x, weight, bias, stride=tuple(strides), padding=tuple(pads), groups=channels)
+    return out.permute(to_last).reshape(clips, out.shape[2], -1, channels)
+
+
+def function_body(opset: int) -> onnx.FunctionProto:
+    """The operator in standard ONNX: a grouped convolution between two transposes."""
+
+    def attribute(name: str, source: str, kind: int) -> onnx.AttributeProto:
+        return onnx.AttributeProto(name=name, ref_attr_name=source, type=kind)
+
+    ints, integer = onnx.AttributeProto.INTS, onnx.AttributeProto.INT
+
+    def node(op: str, inputs: list[str], output: str, *references: onnx.AttributeProto, **constants: Any):
+        made = oh.make_node(op, inputs, [output], **constants)
+        made.attribute.extend(references)
+        return made
+
+    nodes = [
+        node("Constant", [], "grid_shape", attribute("value_ints", "grid", ints)),
+        node("Constant", [], "same_clips_and_time", value_ints=[0, 0]),
+        node("Constant", [], "rest", value_ints=[-1]),
+        node("Concat", ["same_clips_and_time", "grid_shape", "rest"], "gridded_shape", axis=0),
+        node("Reshape", ["x", "gridded_shape"], "gridded"),
+        node("Transpose", ["gridded"], "channels_first", attribute("perm", "to_channels_first", ints)),
+        node(
+            "Conv",
+            ["channels_first", "weight", "bias"],
+            "convolved",
+            attribute("strides", "strides", ints),
+            attribute("pads", "pads", ints),
+            attribute("group", "channels", integer),
+        ),
+        node("Transpose", ["convolved"], "channels_last", attribute("perm", "to_channels_last", ints)),
+        node("Constant", [], "channel_shape", attribute("value_int", "channels", integer)),
+        node("Constant", [], "first", value_ints=[0]),
+        node("Unsqueeze", ["channel_shape", "first"], "last_axis"),
+        node("Concat", ["same_clips_and_time", "rest", "last_axis"], "tokens_shape", axis=0),
+        node("Reshape", ["channels_last", "tokens_shape"], "out"),
+    ]
+    opsets = [oh.make_opsetid("", opset)]
+    return oh.make_function(DOMAIN, NAME, ["x", "weight", "bias"], ["out"], nodes, opsets, ATTRIBUTES)
+
+
+def numpy_reference(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray, grid: Sequence[int], strides: Sequence[int]
+) -> np.ndarray:
+    """The same in float64, one kernel tap at a time."""
+    clips, time, _, channels = x.shape
+    kernel = weight.shape[2:]
+    x = x.astype(np.float64).reshape(clips, time, *grid, channels)
+    padding = [(0, 0), *((k // 2, k // 2) for k in kernel), (0, 0)]
+    padded = np.pad(x, padding)
+    sizes = [math.ceil(n / s) for n, s in zip((time, *grid), strides, strict=True)]
+    out = np.broadcast_to(bias.astype(np.float64), (clips, *sizes, channels)).copy()
+    for tap in itertools.product(*map(range, kernel)):
+        window = tuple(slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True))
+        out += padded[(slice(None), *window)] * weight[(slice(None), 0, *tap)].astype(np.float64)
+    return out.reshape(clips, sizes[0], -1, channels)
