@@ -1,5 +1,310 @@
-"""The engine package: to be written."""
+"""The engine package: a folder of plain files and one strict manifest. docs/package.md specifies it field by field.
+
+    manifest.json               what this file describes
+    encoder.onnx|.engine ...    engines, readable by ONNX Runtime, trtexec and polygraphy as they are
+    graphs/                     for TensorRT targets: the ONNX graphs, from which `liteframe compile` makes engines
+    embeddings.npy              the language model's token embeddings, memory-mapped by the runtime
+    tokenizer.json chat_template.jinja
+
+Nothing in a package is loaded before `open_package` has checked all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import msgspec
+
+from .targets import TARGETS, Compiler, Dialect
+
+FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 class InputError(Exception):
     """Wrong use or bad input. The message says what happened, where, what was expected and what to do; exit code 2."""
+
+
+class GateError(Exception):
+    """A comparison came out worse than its gate allows; exit code 1."""
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class File(_Strict):
+    """A file of the package: its path relative to the manifest, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Profile(_Strict):
+    """Smallest, most common and largest shape of an input (a TensorRT optimization profile)."""
+
+    min: list[int]
+    opt: list[int]
+    max: list[int]
+
+
+class TensorSpec(_Strict):
+    """An input or output; a dimension is a number or, where it varies, a name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+    profile: Profile | None = None
+
+
+class Graph(_Strict):
+    """An ONNX graph. `files`: the graph, then the weights beside it. `parity`: figures against the torch module."""
+
+    name: Literal["encoder", "decoder"]
+    dialect: Dialect
+    opset: int
+    files: list[File]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    parity: dict[str, float]
+
+
+class Precision(_Strict):
+    """What was asked for, and how many tensors of each type the compiled network has."""
+
+    asked: Literal["fp32"]
+    found: dict[str, int]
+
+
+class Engine(_Strict):
+    """A compiled graph. `parity` is null where the engine could not be run on the machine that compiled it."""
+
+    name: Literal["encoder", "decoder"]
+    dialect: Dialect
+    files: list[File]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    precision: Precision
+    compiler: Compiler
+    compiler_version: str
+    capabilities: list[str]
+    parity: dict[str, float] | None
+
+
+class Model(_Strict):
+    """What the runtime must know of the model.
+
+    Attributes:
+        image_size: height and width of the frames that the encoder takes.
+        clip_length: frames a clip.
+        units_per_clip: time steps left after compression; each is introduced by its own prompt text.
+        tokens_per_clip: visual tokens a clip, all units together.
+        max_frames: what the package was built for.
+        capacity: positions that the KV cache may hold.
+        max_clips, chunk: the most clips and the most positions that one call of the engines may take.
+    """
+
+    image_size: tuple[int, int]
+    clip_length: int
+    units_per_clip: int
+    tokens_per_clip: int
+    hidden_size: int
+    vocabulary: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_frames: int
+    capacity: int
+    max_clips: int
+    chunk: int
+
+
+class Text(_Strict):
+    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit."""
+
+    tokenizer: File
+    chat_template: File
+    embeddings: File
+    end_of_turn: list[int]
+    special_tokens: dict[str, str]
+    unit_prefix: str
+    unit_suffix: str
+    notice: str
+
+
+class Origin(_Strict):
+    artifact: str
+    artifact_sha256: str
+    versions: dict[str, str]
+
+
+class Manifest(_Strict):
+    """`sha256` is that of the manifest itself with this field left empty."""
+
+    format: Literal[1]
+    target: str
+    built_from: Origin
+    model: Model
+    text: Text
+    graphs: list[Graph]
+    engines: list[Engine]
+    sha256: str
+
+    def files(self) -> Iterator[File]:
+        for part in (*self.graphs, *self.engines):
+            yield from part.files
+        yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
+
+
+class Package(msgspec.Struct, frozen=True):
+    """A checked package."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, file: File) -> Path:
+        return inside(self.folder, file.path)
+
+    def engine(self, name: str) -> Engine:
+        """Raises InputError when the package is a bundle that has no engines yet."""
+        for engine in self.manifest.engines:
+            if engine.name == name:
+                return engine
+        raise InputError(
+            f"{self.folder}: a bundle for {self.manifest.target}, without engines; "
+            f"on the device run: liteframe compile {self.folder}"
+        )
+
+    def graph(self, name: str, dialect: Dialect) -> Graph:
+        for graph in self.manifest.graphs:
+            if (graph.name, graph.dialect) == (name, dialect):
+                return graph
+        raise InputError(f"{self.folder}: holds no {name} graph in the {dialect} dialect; build the package again")
+
+
+def inside(folder: Path, relative: str) -> Path:
+    """A path from untrusted text, held within its folder; links that lead out of it count as outside.
+
+    Raises:
+        InputError: the path is absolute, has a `..`, or ends up elsewhere.
+    """
+    parts = PurePosixPath(relative)
+    path = folder / parts
+    if (
+        not relative
+        or parts.is_absolute()
+        or ".." in parts.parts
+        or "\\" in relative
+        or not path.resolve().is_relative_to(folder.resolve())
+    ):
+        raise InputError(f"{folder}: refers to {relative!r}, which lies outside the folder; refusing to follow it")
+    return path
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_file(folder: Path, path: Path) -> File:
+    relative = path.relative_to(folder).as_posix()
+    return File(path=relative, bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def open_package(folder: str | Path) -> Package:
+    """Reads and checks a package: the manifest's form and hash, then presence, size and SHA-256 of every file.
+
+    Raises:
+        InputError: says what was found, what was expected, and what mends it.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir() or not path.is_file():
+        raise InputError(f"{folder}: not an engine package (no {MANIFEST}); build one with: liteframe build ARTIFACT")
+    manifest = _read_manifest(path)
+    for file in manifest.files():
+        found = inside(folder, file.path)
+        if not found.is_file():
+            raise InputError(f"{found}: missing, although {MANIFEST} lists it; copy the whole package again")
+        if found.stat().st_size != file.bytes:
+            raise InputError(
+                f"{found}: {found.stat().st_size} bytes, {MANIFEST} says {file.bytes}; truncated or replaced, "
+                "copy the package again"
+            )
+        if hash_file(found) != file.sha256:
+            raise InputError(
+                f"{found}: SHA-256 differs from {MANIFEST}; changed since it was built, build or copy it again"
+            )
+    return Package(folder=folder, manifest=manifest)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    content = path.read_bytes()
+    try:
+        version = msgspec.json.decode(content, type=dict)["format"]
+    except (msgspec.DecodeError, KeyError) as error:
+        raise InputError(f"{path}: not a manifest ({error}); copy or build the package again") from None
+    if version != FORMAT:
+        raise InputError(
+            f"{path}: package format {version!r}, this version of liteframe reads {FORMAT}; "
+            "build the package again with this version, or install the one that built it"
+        )
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: {error}; build the package again with this version of liteframe") from None
+    if _self_hash(manifest) != manifest.sha256:
+        raise InputError(
+            f"{path}: changed since it was built (its own SHA-256 does not match); build the package again"
+        )
+    if manifest.target not in TARGETS:
+        raise InputError(f"{path}: target {manifest.target!r}, expected one of {', '.join(TARGETS)}")
+    return manifest
+
+
+def _self_hash(manifest: Manifest) -> str:
+    bare = msgspec.structs.replace(manifest, sha256="")
+    return hashlib.sha256(msgspec.json.encode(bare, order="deterministic")).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Signs the manifest with its own hash and writes it, complete or not at all."""
+    signed = msgspec.structs.replace(manifest, sha256=_self_hash(manifest))
+    text = msgspec.json.format(msgspec.json.encode(signed, order="deterministic"), indent=1) + b"\n"
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_bytes(text)
+    temporary.replace(folder / MANIFEST)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that becomes it when all went well, and vanishes when not.
+
+    Raises:
+        InputError: `output` exists, or its parent can't be written.
+    """
+    if output.exists():
+        raise InputError(f"{output}: already exists; remove it or choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"{output.parent}: cannot be written ({error.strerror}); choose another --output") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

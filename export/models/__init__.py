@@ -1,1 +1,1 @@
-"""Shapes in comments and docstrings: F frames, N tokens, C channels, S positions, D width of a head or of the language model."""
+"""Shapes in docstrings: F frames, N tokens, C channels, S positions, D width of a head or of the language model."""

@@ -8,9 +8,9 @@ the names LoRA adapters use. The same graph prefills chunks and decodes single t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from .attention import cached_attention
 from .rope import inverse_frequencies, rotate
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fields and their names are those of the checkpoints' config.json."""
 
     hidden_size: int
@@ -33,7 +32,7 @@ class DecoderConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    rope_scaling: dict[str, Any] = msgspec.field(default_factory=dict)
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

@@ -8,8 +8,7 @@ A clip leaves as `units` in time order: one for each time step that is left afte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +20,7 @@ from .vit import VisionTransformer, ViTConfig
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`reducer` and `window` apply to a ViT backbone only; the student has its compression inside."""
 
     backbone: ViTConfig | LiteFrameConfig
@@ -33,6 +31,12 @@ class EncoderConfig:
     shuffle: int = 2
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if isinstance(self.backbone, LiteFrameConfig) and self.clip_length != self.backbone.clip_length:
+            raise ValueError(f"clip_length is {self.clip_length}, the backbone's is {self.backbone.clip_length}")
+        if self.reducer not in REDUCERS:
+            raise ValueError(f"reducer is {self.reducer!r}, expected one of {', '.join(REDUCERS)}")
 
     @property
     def vit(self) -> ViTConfig:
@@ -66,7 +70,8 @@ class VideoEncoder(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
         clip_length, height, width = frames.shape[1:4]
-        images = (frames.reshape(-1, height, width, 3).to(self.mean.dtype) - self.mean) / self.std
+        images = frames.to(self.mean.dtype).reshape(-1, height, width, 3)  # TensorRT wants the Cast right at the input
+        images = (images - self.mean) / self.std
         features = self.backbone(images)
         if self.reducer is not None:
             features = self.reducer(features.reshape(-1, clip_length, *features.shape[1:]))

@@ -4,14 +4,13 @@
     --head--> 256 tokens a clip of the teacher's width
 
 Every block in which the clip still has more than one time step has a depth-wise temporal convolution after its spatial
-attention. The strided convolutions act on patches; CLS is averaged over the time stride (PAPER: a choice, no parameters)
-and dropped at the end.
+attention. The strided convolutions act on patches; CLS, of which the paper says nothing, is averaged over the time
+stride and dropped at the end.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -19,19 +18,17 @@ from ..ops.depthwise_temporal_conv import depthwise_temporal_conv
 from .vit import VisionTransformer, ViTConfig
 
 
-@dataclass(frozen=True)
-class Downsampling:
+class Downsampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A depth-wise strided convolution after block `after` (1-based), with strides over (time, height, width)."""
 
     after: int
     stride: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class LiteFrameConfig:
+class LiteFrameConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="liteframe"):
     """The defaults are LiteFrame-B as published: 87.15 M parameters."""
 
-    vit: ViTConfig = field(
+    vit: ViTConfig = msgspec.field(
         default_factory=lambda: ViTConfig(
             hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
         )

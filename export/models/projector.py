@@ -1,6 +1,6 @@
 """InternVL's projector: pixel shuffle, then LayerNorm, Linear, GELU, Linear (`mlp1` in its checkpoints).
 
-    (units, H*W, C) --shuffle s--> (units, H/s * W/s, C*s*s) --MLP--> (units, H/s * W/s, D_llm)
+(units, H*W, C) --shuffle s--> (units, H/s * W/s, C*s*s) --MLP--> (units, H/s * W/s, D_llm)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Post-hoc token reducers: they compress what a frame-wise teacher returns, without training.
 
-    features (clips, T, 1 + H*W, C), CLS first -> (clips, T', H' * W', C)
+features (clips, T, 1 + H*W, C), CLS first -> (clips, T', H' * W', C)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WINDOWS: dict[int, tuple[int, int, int]] = {4: (1, 2, 2), 8: (2, 2, 2), 16: (4, 
 
 
 class Reducer(nn.Module):
-    """Cuts the features of a clip into blocks of `window` = (time, height, width) tokens; subclasses reduce each to one.
+    """Cuts a clip's features into blocks of `window` = (time, height, width) tokens; subclasses reduce each to one.
 
     Raises:
         ValueError: `window` does not divide the grid.

@@ -15,7 +15,9 @@ from torch import Tensor
 TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any], max_positions: int) -> tuple[Tensor, float]:
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: dict[str, Any], max_positions: int
+) -> tuple[Tensor, float]:
     """Angle per position of each pair of channels (head_dim / 2,), float32, and the factor on cos and sin.
 
     Args:

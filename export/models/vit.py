@@ -8,8 +8,8 @@ Block:  x + ls1 * attention(norm1(x));  x + temporal_conv(x), where there is one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 NORMS = ("layer_norm", "rms_norm")
 
 
-@dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="vit"):
     """Shape of a vision transformer; the defaults are InternViT-300M-448px (the paper's teacher)."""
 
     image_size: tuple[int, int] = (448, 448)

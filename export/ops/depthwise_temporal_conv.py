@@ -23,6 +23,7 @@ import onnx
 import onnx.helper as oh
 import torch
 import torch.nn.functional as F
+from onnx import numpy_helper
 from torch import Tensor
 
 from . import DOMAIN, VERSION
@@ -65,7 +66,11 @@ def depthwise_temporal_conv(
 
 
 def function_body(opset: int) -> onnx.FunctionProto:
-    """The operator in standard ONNX: a grouped convolution between two transposes."""
+    """The operator in standard ONNX: a grouped convolution between two transposes.
+
+    It convolves with stride 1 and then takes every stride-th position: TensorRT's parser (seen in TensorRT-RTX 1.7.1)
+    follows references to attributes for `pads` and `group` of a Conv, but silently takes 1 for its `strides`.
+    """
 
     def attribute(name: str, source: str, kind: int) -> onnx.AttributeProto:
         return onnx.AttributeProto(name=name, ref_attr_name=source, type=kind)
@@ -88,11 +93,17 @@ def function_body(opset: int) -> onnx.FunctionProto:
             "Conv",
             ["channels_first", "weight", "bias"],
             "convolved",
-            attribute("strides", "strides", ints),
             attribute("pads", "pads", ints),
             attribute("group", "channels", integer),
         ),
-        node("Transpose", ["convolved"], "channels_last", attribute("perm", "to_channels_last", ints)),
+        node("Constant", [], "steps", attribute("value_ints", "strides", ints)),
+        node("Constant", [], "clips_and_channels_step", value_ints=[1, 1]),
+        node("Concat", ["clips_and_channels_step", "steps"], "all_steps", axis=0),
+        node("Shape", ["all_steps"], "rank"),
+        node("ConstantOfShape", ["rank"], "starts", value=numpy_helper.from_array(np.array([0]))),
+        node("ConstantOfShape", ["rank"], "ends", value=numpy_helper.from_array(np.array([2**31 - 1]))),
+        node("Slice", ["convolved", "starts", "ends", "", "all_steps"], "strided"),
+        node("Transpose", ["strided"], "channels_last", attribute("perm", "to_channels_last", ints)),
         node("Constant", [], "channel_shape", attribute("value_int", "channels", integer)),
         node("Constant", [], "first", value_ints=[0]),
         node("Unsqueeze", ["channel_shape", "first"], "last_axis"),

@@ -1,4 +1,4 @@
-"""WeightedAveragePool: LiteFrame's reducer (equation 1), each block of tokens averaged with weights from its CLS tokens.
+"""WeightedAveragePool: LiteFrame's reducer (equation 1), a block of tokens averaged with weights from its CLS tokens.
 
     x       (clips, T, 1 + H*W, C)                      CLS first
     out     (clips, nt * nh * nw, C)                    blocks in time, row, column order

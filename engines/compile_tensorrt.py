@@ -1,0 +1,136 @@
+"""ONNX graph -> TensorRT engine, through polygraphy: by TensorRT on its device, or ahead of time by TensorRT-RTX.
+
+    graph --parse (strongly typed)--> network --read back--> types found
+                                              --build with one profile--> engine bytes
+
+TensorRT-RTX needs no GPU to build; TensorRT does. Which of the two polygraphy drives is decided when it is imported,
+so one process uses one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .package import InputError, TensorSpec
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT4": "int4", "FP8": "fp8"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An engine's bytes, how many tensors of each type its network computes, and the compiler's version."""
+
+    engine: bytes
+    found: dict[str, int]
+    version: str
+
+
+def available(flavour: Flavour) -> bool:
+    """Whether the compiler is installed. TensorRT proper also needs a GPU, which only building tells."""
+    return importlib.util.find_spec(_MODULES[flavour]) is not None
+
+
+def _load(flavour: Flavour) -> Any:
+    """Imports polygraphy for the wanted compiler, and the compiler.
+
+    Raises:
+        InputError: it is not installed, or this process already uses the other one.
+    """
+    if not available(flavour):
+        hint = {
+            "tensorrt": "on a Jetson it comes with JetPack, elsewhere from NVIDIA's package index",
+            "tensorrt-rtx": "install liteframe[export] on x86-64 Linux",
+        }[flavour]
+        raise InputError(f"{flavour} is not installed here; {hint}")
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "tensorrt-rtx" else "0"
+    from polygraphy import config
+    from polygraphy.logger import G_LOGGER
+
+    drives_rtx: bool = config.USE_TENSORRT_RTX
+    if drives_rtx != (flavour == "tensorrt-rtx"):
+        raise InputError(f"this process already uses the other TensorRT; compile with {flavour} in a new one")
+    G_LOGGER.module_severity = G_LOGGER.ERROR
+    return importlib.import_module(_MODULES[flavour])
+
+
+def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, capabilities: Sequence[str]) -> Compiled:
+    """Parses and builds one graph with one optimization profile.
+
+    Args:
+        inputs: with profiles where a dimension varies.
+        capabilities: for TensorRT-RTX, what the engine must run on, such as "8.0"; TensorRT takes the GPU it finds.
+
+    Raises:
+        InputError: the compiler is missing, or does not take the graph; with its own messages.
+    """
+    trt = _load(flavour)
+    from polygraphy.backend.trt import (
+        CreateConfig,
+        EngineBytesFromNetwork,
+        Profile,
+        network_from_onnx_path,
+    )
+    from polygraphy.exception import PolygraphyException
+
+    profile = Profile()
+    for spec in inputs:
+        if spec.profile is not None:
+            profile.add(spec.name, spec.profile.min, spec.profile.opt, spec.profile.max)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            builder, network, parser = network_from_onnx_path(str(graph), strongly_typed=True)
+            _let_attention_decompose(trt, network)
+            if flavour == "tensorrt-rtx":
+                from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+                pairs = [tuple(int(part) for part in capability.split(".")) for capability in capabilities]
+                config = CreateConfigRTX(profiles=[profile], compute_capabilities=pairs)
+            else:
+                config = CreateConfig(profiles=[profile])
+            found = _types_found(trt, network)
+            engine = EngineBytesFromNetwork((builder, network, parser), config=config)()
+    except PolygraphyException as error:
+        details = _errors(log.getvalue()) or str(error)
+        raise InputError(f"{graph}: {flavour} {trt.__version__} cannot compile it: {details}") from None
+    return Compiled(engine=bytes(engine), found=found, version=trt.__version__)
+
+
+def _errors(log: str) -> str:
+    """The compiler's own first errors, which explain a failure; without those about the GPU that is not there."""
+    lines = [line.partition("[E]")[2].strip() for line in log.splitlines() if "[E]" in line and "cudaError" not in line]
+    return "; ".join(dict.fromkeys(line[:400] for line in lines[:3] if line))
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Attention for which there is no fused kernel (FP32 has none) may be built from its parts instead of failing."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == getattr(trt.LayerType, "ATTENTION_INPUT", None):
+            layer.__class__ = trt.IAttentionInputLayer  # the binding hands out the base class
+            layer.attention.decomposable = True
+
+
+def _types_found(trt: Any, network: Any) -> dict[str, int]:
+    """How many floating-point and quantised tensors of each type the parsed network computes."""
+    found: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.CONSTANT:
+            continue
+        for output in range(layer.num_outputs):
+            name = _TYPES.get(layer.get_output_type(output).name)
+            if name:
+                found[name] += 1
+    return dict(sorted(found.items()))

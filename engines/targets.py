@@ -1,0 +1,80 @@
+"""One table: what each target is, what compiles for it, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dialect = Literal["fused", "plain"]
+Compiler = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+# the first TensorRT whose parser takes TensorScatter and RMSNormalization: the `fused` dialect
+FUSED_SINCE = (10, 15)
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Attributes:
+        capabilities: compute capabilities that engines are compiled for; none for a CPU.
+        compiler: what makes the engine; "tensorrt" runs on the device only.
+        ahead_of_time: what makes an engine anywhere, without a GPU, where the compiler itself can't.
+        proof: capability that the `fused` graph is compiled for, as a proof, before a bundle leaves.
+        dialects: graphs that a package for this target carries.
+        provider: ONNX Runtime's execution provider, for ONNX Runtime targets.
+    """
+
+    name: str
+    machine: str
+    compiler: Compiler
+    capabilities: tuple[str, ...] = ()
+    ahead_of_time: Compiler | None = None
+    proof: str | None = None
+    dialects: tuple[Dialect, ...] = ("fused",)
+    provider: str | None = None
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "any CPU", "onnxruntime", provider="CPUExecutionProvider"),
+        Target("cuda", "any NVIDIA GPU", "onnxruntime", provider="CUDAExecutionProvider"),
+        Target("a100", "x86-64 with an A100", "tensorrt", capabilities=("8.0",), ahead_of_time="tensorrt-rtx"),
+        Target("rtx", "x86-64 with an RTX GPU", "tensorrt-rtx", capabilities=("8.6", "8.9", "12.0", "12.1")),
+        Target(
+            "jetson-orin",
+            "Jetson Orin (JetPack 6.1 or later)",
+            "tensorrt",
+            capabilities=("8.7",),
+            proof="8.6",
+            dialects=("fused", "plain"),
+        ),
+        Target(
+            "jetson-thor",
+            "Jetson Thor (JetPack 7.1 or later)",
+            "tensorrt",
+            capabilities=("11.0",),
+            proof="12.0",
+            dialects=("fused", "plain"),
+        ),
+    )
+}
+
+
+def dialect_for_tensorrt(version: str) -> Dialect:
+    """The dialect that a TensorRT of this version takes."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return "fused" if (major, minor) >= FUSED_SINCE else "plain"
+
+
+# The `plain` floor. TensorRT 10.x's parser documents these operators for opsets 9 to 20 (onnx-tensorrt,
+# docs/operators.md, branch 10.1-GA; JetPack 6's 10.3 is later). Only operators that graphs of this project may hold
+# are listed; anything else is refused before a bundle leaves.
+PLAIN_OPSET = 20
+PLAIN_OPERATORS = frozenset(
+    """Add And Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div Einsum Equal Erf
+    Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less
+    LessOrEqual Log MatMul Max Min Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceMin
+    ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
+    Transpose Trilu Unsqueeze Where""".split()
+)

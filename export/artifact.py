@@ -1,0 +1,299 @@
+"""Training artifacts: a folder with config.json becomes an encoder, a decoder and their text.
+
+    LiteFrame folder     config.json ("model_type": "liteframe"), model.safetensors, tokenizer; docs/artifact.md
+    InternVL3 folder     as OpenGVLab publishes it, or its -hf form; WAP 16x is put behind the tower
+    any of them          with adapter/ beside, a LoRA adapter in PEFT's format, which is merged
+
+Nothing is unpickled: weights are safetensors or GGUF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from ..engines.package import InputError, hash_file, inside
+from .checkpoint import Checkpoint, load_parameters
+from .gguf_decoder import GGUFFile
+from .layouts import (
+    HfNames,
+    LiteFrameNames,
+    OriginalNames,
+    decoder_config,
+    internvl_decoder_config,
+    internvl_encoder_config,
+)
+from .lora import merge_adapter
+from .models.decoder import Decoder, DecoderConfig
+from .models.encoder import EncoderConfig, VideoEncoder
+from .models.liteframe import LiteFrameConfig
+from .models.reducers import WINDOWS
+from .models.vit import interpolate_position_embedding
+from .tokenizer import byte_level_bpe
+
+
+class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Text around the visual tokens of one unit; {first} and {last} are the 1-based numbers of its frames."""
+
+    unit_prefix: str
+    unit_suffix: str
+
+
+class LiteFrameFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="model_type", tag="liteframe"):
+    """config.json of a LiteFrame folder. `decoder` is a transformers config, or {"gguf": file}."""
+
+    version: int
+    encoder: EncoderConfig
+    decoder: dict[str, Any]
+    prompt: PromptConfig | None = None
+    notice: str = ""
+
+
+@dataclass
+class TextFiles:
+    """
+    Attributes:
+        tokenizer: tokenizer.json of the `tokenizers` library.
+        special_tokens: what a chat template may ask for by name, such as bos_token.
+        end_of_turn: token ids that end an answer.
+    """
+
+    tokenizer: Tokenizer
+    chat_template: str
+    special_tokens: dict[str, str]
+    end_of_turn: list[int]
+
+
+@dataclass
+class Artifact:
+    name: str
+    sha256: str
+    encoder: VideoEncoder
+    decoder: Decoder
+    text: TextFiles
+    prompt: PromptConfig
+    notice: str
+
+
+def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = None) -> Artifact:
+    """Reads and checks an artifact.
+
+    Args:
+        reducer: a key of REDUCERS that replaces the artifact's own, for frame-wise towers.
+        ratio: how much it compresses, a key of WINDOWS.
+
+    Raises:
+        InputError: anything is missing, damaged, contradictory or unknown; names the file and the tensor.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected an artifact with a config.json")
+    config = _read_json(path)
+    model_type = config.get("model_type")
+    try:
+        if model_type == "liteframe":
+            return _load_liteframe(folder, path, reducer, ratio)
+        if model_type in ("internvl", "internvl_chat"):
+            return _load_internvl(folder, path, config, model_type == "internvl", reducer, ratio)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: {_field_problem(error)}; expected an InternVL config") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    raise InputError(
+        f"{path}: model_type {model_type!r} is not supported, expected liteframe, internvl or internvl_chat"
+    )
+
+
+def _field_problem(error: Exception) -> str:
+    return f"field {error} is missing" if isinstance(error, KeyError) else f"a field has the wrong type ({error})"
+
+
+def _load_liteframe(folder: Path, path: Path, reducer: str | None, ratio: int | None) -> Artifact:
+    config = msgspec.json.decode(path.read_bytes(), type=LiteFrameFolder)
+    if config.version != 1:
+        raise InputError(f"{path}: version {config.version}, this version of liteframe reads 1")
+    encoder = _build_encoder(config.encoder, reducer, ratio)
+    checkpoint = Checkpoint(folder)
+    names = LiteFrameNames()
+    used = load_parameters(encoder, checkpoint, names.encoder, _resampling(encoder))
+    files = _files_of(checkpoint)
+    if "gguf" in config.decoder:
+        gguf = GGUFFile(inside(folder, config.decoder["gguf"]))
+        decoder = Decoder(gguf.config())
+        gguf.load(decoder)
+        files.append(gguf.path)
+        text = TextFiles(gguf.tokenizer(), gguf.chat_template(), {}, gguf.end_of_turn())
+    else:
+        decoder, decoder_used = _load_decoder(decoder_config(config.decoder), checkpoint, names.decoder)
+        used |= decoder_used
+        text, text_files = _load_text(folder, config.decoder)
+        files += text_files
+    checkpoint.refuse_extra(used, lambda name: False)
+    if config.encoder.output_size != decoder.config.hidden_size:
+        raise InputError(
+            f"{path}: encoder.output_size {config.encoder.output_size} differs from the language model's "
+            f"hidden size {decoder.config.hidden_size}"
+        )
+    return _finish(folder, encoder, decoder, text, [path, *files], config.prompt, config.notice)
+
+
+def _load_internvl(
+    folder: Path, path: Path, config: dict[str, Any], hf: bool, reducer: str | None, ratio: int | None
+) -> Artifact:
+    encoder = _build_encoder(internvl_encoder_config(config, hf), reducer, ratio)
+    checkpoint = Checkpoint(folder)
+    names = HfNames(checkpoint.files) if hf else OriginalNames()
+    used = load_parameters(encoder, checkpoint, names.encoder, _resampling(encoder))
+    decoder, decoder_used = _load_decoder(internvl_decoder_config(config, hf), checkpoint, names.decoder)
+    checkpoint.refuse_extra(used | decoder_used, lambda name: name.endswith("rotary_emb.inv_freq"))
+    text, text_files = _load_text(folder, config["text_config" if hf else "llm_config"])
+    return _finish(folder, encoder, decoder, text, [path, *_files_of(checkpoint), *text_files], None, "")
+
+
+def _build_encoder(config: EncoderConfig, reducer: str | None, ratio: int | None) -> VideoEncoder:
+    if reducer is not None or ratio is not None:
+        if isinstance(config.backbone, LiteFrameConfig):
+            raise ValueError("--reducer and --ratio are for frame-wise towers; a LiteFrame student compresses inside")
+        window = WINDOWS[ratio] if ratio is not None else config.window
+        config = msgspec.structs.replace(config, reducer=reducer or config.reducer, window=window)
+    return VideoEncoder(config).eval()
+
+
+def _resampling(encoder: VideoEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Position embeddings stored for another image size are resampled to the one the encoder runs at."""
+    vit = encoder.config.vit
+    if vit.pretrained_image_size is None:
+        return {}
+    old = tuple(side // vit.patch_size for side in vit.pretrained_image_size)
+
+    def resample(embedding: Tensor) -> Tensor:
+        if embedding.shape[0] != 1 + old[0] * old[1]:
+            return embedding  # the shape check that follows names the tensor
+        return interpolate_position_embedding(embedding, old, vit.grid)
+
+    prefix = "backbone.vit." if isinstance(encoder.config.backbone, LiteFrameConfig) else "backbone."
+    return {f"{prefix}position_embedding": resample}
+
+
+def _load_decoder(
+    config: DecoderConfig, checkpoint: Checkpoint, naming: Callable[[str], list[str]]
+) -> tuple[Decoder, set[str]]:
+    """A head in the file is used, whatever the config says of tying; without one it is tied if the config says so."""
+    (head,) = naming("lm_head.weight")
+    (embedding,) = naming("model.embed_tokens.weight")
+    tied = config.tie_word_embeddings and head not in checkpoint
+    decoder = Decoder(msgspec.structs.replace(config, tie_word_embeddings=tied)).eval()
+    used = load_parameters(
+        decoder, checkpoint, lambda name: [embedding] if tied and name == "lm_head.weight" else naming(name)
+    )
+    return decoder, used
+
+
+def _load_text(folder: Path, language_model: dict[str, Any]) -> tuple[TextFiles, list[Path]]:
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path) if path.exists() else {}
+    files = [path] if path.exists() else []
+    tokenizer, used = _load_tokenizer(folder, config)
+    template, template_files = _load_template(folder, config)
+    special = {
+        key: value["content"] if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value
+    }
+    generation = folder / "generation_config.json"
+    ends: list[int] = []
+    for source in (_read_json(generation) if generation.exists() else {}, language_model):
+        value = source.get("eos_token_id")
+        ends += value if isinstance(value, list) else [value] if value is not None else []
+    if "eos_token" in special and (eos := tokenizer.token_to_id(special["eos_token"])) is not None:
+        ends.append(eos)
+    if not ends:
+        raise InputError(f"{folder}: no eos_token_id in generation_config.json, config.json or tokenizer_config.json")
+    files += [*used, *template_files, *([generation] if generation.exists() else [])]
+    return TextFiles(tokenizer, template, special, sorted(set(ends))), files
+
+
+def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, list[Path]]:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        try:
+            return Tokenizer.from_file(str(path)), [path]
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if not (vocabulary.exists() and merges.exists()):
+        raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; expected a tokenizer there")
+    if "Qwen2" not in config.get("tokenizer_class", "Qwen2"):
+        raise InputError(
+            f"{folder}: {config['tokenizer_class']} without a tokenizer.json; save the fast tokenizer there"
+        )
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    pairs = [
+        (left, right) for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))
+    ]
+    added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    special = [
+        AddedToken(token["content"], special=token.get("special", False), normalized=token.get("normalized", False))
+        for _, token in added
+    ]
+    return byte_level_bpe(_read_json(vocabulary), pairs, "qwen2", special), [vocabulary, merges]
+
+
+def _load_template(folder: Path, config: dict[str, Any]) -> tuple[str, list[Path]]:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8"), [path]
+    path = folder / "chat_template.json"
+    found = _read_json(path).get("chat_template") if path.exists() else config.get("chat_template")
+    if isinstance(found, list):  # several by name
+        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    if not found:
+        raise InputError(
+            f"{folder}: the tokenizer has no chat template; expected chat_template.jinja or tokenizer_config.json"
+        )
+    return found, [path] if path.exists() else []
+
+
+def _finish(
+    folder: Path,
+    encoder: VideoEncoder,
+    decoder: Decoder,
+    text: TextFiles,
+    files: list[Path],
+    prompt: PromptConfig | None,
+    notice: str,
+) -> Artifact:
+    adapter = folder / "adapter"
+    if adapter.is_dir():
+        files = [*files, *merge_adapter(decoder, adapter)]
+    if prompt is None:  # InternVL's, with a range where a unit covers several frames
+        frames = "Frame{first}" if encoder.units_per_clip == encoder.config.clip_length else "Frames {first}-{last}"
+        prompt = PromptConfig(unit_prefix=f"{frames}: <img>", unit_suffix="</img>\n")
+    digest = hashlib.sha256()
+    for path in sorted(set(files)):
+        digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
+    return Artifact(folder.resolve().name, digest.hexdigest(), encoder, decoder.eval(), text, prompt, notice)
+
+
+def _files_of(checkpoint: Checkpoint) -> list[Path]:
+    return sorted({checkpoint.source, *checkpoint.files.values()})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected it in an artifact's folder") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return content

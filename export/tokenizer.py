@@ -1,0 +1,45 @@
+"""Tokenizers as one tokenizer.json, from wherever a checkpoint keeps its own.
+
+Byte-level BPE from a vocabulary and merges (GGUF files, Qwen's vocab.json and merges.txt) is rebuilt with the
+pre-tokenizer of its family; the library does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FAMILIES = ("smollm", "qwen2", "gpt-2")
+
+
+def byte_level_bpe(
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], family: str, special: Sequence[AddedToken]
+) -> Tokenizer:
+    """A byte-level BPE tokenizer with the pre-tokenizer of its family.
+
+    Args:
+        family: as GGUF's `tokenizer.ggml.pre` names it, one of FAMILIES.
+        special: tokens matched before anything else, such as <|im_end|>.
+
+    Raises:
+        ValueError: the family is not one of FAMILIES.
+    """
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family != "qwen2")
+    if family == "smollm":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    elif family == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(_QWEN2), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    elif family == "gpt-2":
+        tokenizer.pre_tokenizer = byte_level
+    else:
+        raise ValueError(f"tokenizer family {family!r} is not supported, expected one of {', '.join(FAMILIES)}")
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(list(special))
+    return tokenizer

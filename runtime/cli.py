@@ -1,0 +1,102 @@
+"""The `liteframe` command. Commands of other folders are found through the package's entry points, so that a device
+with only the runtime and the engines installed has those of its own, and learns what the others need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+from ..engines.package import GateError, InputError
+
+SUMMARY = {
+    "build": "artifact in, engine package out",
+    "run": "answer a question about a video",
+    "profile": "latency by number of frames, vision and language apart",
+    "compile": "finish a bundle on its device",
+    "inspect": "check a package and print what is in it",
+    "doctor": "what can be compiled and run on this machine",
+}
+
+
+def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs a command and turns what goes wrong into one message and an exit code: 1 a gate failed, 2 bad input."""
+    try:
+        return command(arguments)
+    except GateError as error:
+        return _fail(str(error), 1)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"liteframe: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> int:
+    commands = "\n".join(f"  {name:9}{summary}" for name, summary in SUMMARY.items())
+    parser = argparse.ArgumentParser(
+        prog="liteframe",
+        description="Video-language models as engines: build, run, profile.",
+        epilog=f"commands:\n{commands}\n\nliteframe COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"liteframe {version('liteframe')}")
+    parser.add_argument("command", choices=SUMMARY, metavar="COMMAND")
+    options = parser.parse_args(sys.argv[1:2])
+    (entry,) = entry_points(group="liteframe.commands", name=options.command)
+    try:
+        command = entry.load()
+    except ModuleNotFoundError as error:
+        needed = "export" if options.command == "build" else "cpu"
+        return _fail(f"{options.command} needs the module {error.name}; run: pip install 'liteframe[{needed}]'", 2)
+    return guard(command, sys.argv[2:])
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="liteframe run", description="Answer a question about a video.")
+    parser.add_argument("package", type=Path)
+    parser.add_argument(
+        "video", help='a video file, a folder of images, "camera:N", or "" for a question without a video'
+    )
+    parser.add_argument("question")
+    parser.add_argument("--frames", type=int, help="frames to sample (default: as many as the package was built for)")
+    parser.add_argument("--fps", type=float, help="rate of the images of a folder (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
+    parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
+    options = parser.parse_args(arguments)
+    from .session import VideoSession
+
+    session = VideoSession(options.package)
+    if options.video:
+        session.watch(options.video, options.frames, options.fps)
+        if notice := session.package.manifest.text.notice:
+            print(f"note: {notice}", file=sys.stderr)
+    pieces = []
+    for piece in session.ask(
+        options.question, options.max_new_tokens, options.temperature, options.top_p, options.seed
+    ):
+        pieces.append(piece)
+        if options.stream:
+            print(piece, end="", flush=True)
+    print("" if options.stream else "".join(pieces))
+    if options.json:
+        print(json.dumps({"answer": "".join(pieces), **asdict(session.stats)}))
+    return 0

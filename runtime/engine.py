@@ -1,0 +1,65 @@
+"""What an engine is to the runtime, and how a package's two engines are opened."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.package import InputError, Package
+from ..engines.targets import TARGETS
+
+
+class Encoder(Protocol):
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D)."""
+        ...
+
+
+class Decoder(Protocol):
+    """Holds the KV cache of one conversation.
+
+    Attributes:
+        position: how many positions the cache holds.
+        capacity: how many it may hold.
+    """
+
+    position: int
+    capacity: int
+
+    def forward(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.
+
+        Raises:
+            InputError: they do not fit the cache.
+        """
+        ...
+
+    def rewind(self, position: int) -> None:
+        """Forgets everything from `position` on."""
+        ...
+
+
+def open_engines(package: Package, threads: int | None = None) -> tuple[Encoder, Decoder]:
+    """Loads both engines of a checked package.
+
+    Args:
+        threads: CPU threads for each; None leaves it to the executor.
+
+    Raises:
+        InputError: the package is a bundle, its target can't run here, or it was made for another version.
+    """
+    target = TARGETS[package.manifest.target]
+    encoder, decoder = package.engine("encoder"), package.engine("decoder")
+    if target.provider is None:
+        raise InputError(
+            f"{package.folder}: holds TensorRT engines for {target.name}; this version of liteframe runs packages "
+            "built for cpu and cuda. Open the engines with trtexec or polygraphy, or build with --target cpu"
+        )
+    from .ort_engine import OrtDecoder, OrtEncoder, check_version
+
+    check_version(package, encoder)
+    return OrtEncoder(package.path(encoder.files[0]), target.provider, threads), OrtDecoder(
+        package.path(decoder.files[0]), target.provider, package.manifest.model.capacity, threads
+    )

@@ -1,0 +1,135 @@
+"""Engines on ONNX Runtime, CPU or CUDA provider, for graphs in both dialects.
+
+A `fused` decoder updates its cache in place: each cache output is bound to its input's own buffer. A `plain` one
+returns longer caches, which become the next call's inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..engines.package import Engine, InputError, Package
+
+# ONNX Runtime's CPU attention computes over the whole capacity, so caches grow with what they hold
+GROWTH = 256
+
+
+def check_version(package: Package, engine: Engine) -> None:
+    """Raises InputError when the installed ONNX Runtime is older than the one that made the engine."""
+    made, here = (
+        tuple(int(part) for part in version.split(".")[:2]) for version in (engine.compiler_version, ort.__version__)
+    )
+    if here < made:
+        raise InputError(
+            f"{package.folder}: compiled by ONNX Runtime {engine.compiler_version}, {ort.__version__} is installed; "
+            f"run: pip install onnxruntime=={engine.compiler_version}"
+        )
+
+
+def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+    if provider not in ort.get_available_providers():
+        raise InputError(
+            f"{path}: needs ONNX Runtime's {provider}, which is not there; install onnxruntime-gpu on a machine with "
+            "an NVIDIA GPU, or build with --target cpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = ort.InferenceSession(path, options, providers=[provider])
+    except Exception as error:  # the library's errors share no base class
+        raise InputError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
+    if provider not in session.get_providers():
+        raise InputError(f"{path}: ONNX Runtime fell back from {provider}; is the GPU driver working?")
+    return session
+
+
+class OrtEncoder:
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
+        self._session = _session(path, provider, threads)
+
+    def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D)."""
+        (tokens,) = self._session.run(["visual_tokens"], {"frames": frames})
+        return tokens
+
+
+class OrtDecoder:
+    """One conversation; see `engine.Decoder`.
+
+    Args:
+        capacity: how many positions the cache may hold; a graph whose caches have a fixed size overrules it.
+    """
+
+    def __init__(
+        self, path: Path, provider: str = "CPUExecutionProvider", capacity: int = 4096, threads: int | None = None
+    ):
+        self._session = _session(path, provider, threads)
+        self._device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._width = inputs["inputs_embeds"].shape[2]
+        self._caches = [name for name in inputs if name not in ("inputs_embeds", "write_index")]
+        _, self._kv_heads, length, self._head_dim = inputs[self._caches[0]].shape
+        self._in_place = length != "past"
+        self._fixed = length if isinstance(length, int) else None
+        self.capacity = self._fixed or capacity
+        self.position = 0
+        self._buffers = self._empty(self._fixed or 0)
+
+    def _empty(self, length: int) -> dict[str, ort.OrtValue]:
+        zeros = np.zeros((1, self._kv_heads, length, self._head_dim), np.float32)
+        return {name: ort.OrtValue.ortvalue_from_numpy(zeros, self._device) for name in self._caches}
+
+    def forward(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.
+
+        Raises:
+            InputError: they do not fit the cache.
+        """
+        end = self.position + len(embeddings)
+        if end > self.capacity:
+            raise InputError(
+                f"{end} positions do not fit the KV cache of {self.capacity}; use fewer frames or a shorter question, "
+                "or build with more --frames"
+            )
+        if self._in_place and self._fixed is None:
+            self._reserve(end)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], np.float32))
+        binding.bind_cpu_input("write_index", np.array([self.position], np.int64))
+        binding.bind_output("logits")
+        for name, buffer in self._buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            if self._in_place:
+                binding.bind_ortvalue_output(f"{name}_out", buffer)
+            else:
+                binding.bind_output(f"{name}_out", self._device)
+        self._session.run_with_iobinding(binding)
+        outputs = dict(zip((o.name for o in self._session.get_outputs()), binding.get_outputs(), strict=True))
+        if not self._in_place:
+            self._buffers = {name: outputs[f"{name}_out"] for name in self._caches}
+        self.position = end
+        return outputs["logits"].numpy()[0]
+
+    def _reserve(self, positions: int) -> None:
+        length = self._buffers[self._caches[0]].shape()[2]
+        if positions <= length:
+            return
+        grown = min(-(-positions // GROWTH) * GROWTH, self.capacity)
+        for name, buffer in self._buffers.items():
+            old, new = buffer.numpy(), np.zeros((1, self._kv_heads, grown, self._head_dim), np.float32)
+            new[:, :, : self.position] = old[:, :, : self.position]
+            self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
+
+    def rewind(self, position: int) -> None:
+        """Forgets everything from `position` on."""
+        self.position = position
+        if not self._in_place:
+            for name, buffer in self._buffers.items():
+                kept = np.ascontiguousarray(buffer.numpy()[:, :, :position])
+                self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(kept, self._device)

@@ -1,0 +1,121 @@
+"""Text in and out of token ids and embeddings: chat template, tokenizer, embedding table, sampling."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from ..engines.package import InputError, Package
+
+_VIDEO = "\u2063liteframe-video\u2063"  # invisible separators: no question holds this by accident
+
+
+class ChatText:
+    """What a package knows of text.
+
+    Raises:
+        InputError: the chat template does not parse.
+    """
+
+    def __init__(self, package: Package):
+        text = package.manifest.text
+        self._tokenizer = Tokenizer.from_file(str(package.path(text.tokenizer)))
+        self._embeddings = np.load(package.path(text.embeddings), mmap_mode="r", allow_pickle=False)
+        self._special = text.special_tokens
+        self._control = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
+        self._unit_prefix, self._unit_suffix = text.unit_prefix, text.unit_suffix
+        self.end_of_turn = frozenset(text.end_of_turn)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.datetime.now().strftime(f))
+        path = package.path(text.chat_template)
+        try:
+            self._template = environment.from_string(path.read_text(encoding="utf-8"))
+        except jinja2.TemplateError as error:
+            raise InputError(f"{path}: the chat template does not parse ({error})") from None
+
+    def embed(self, ids: list[int]) -> NDArray[np.float32]:
+        """Token ids -> float32 (len(ids), D)."""
+        return np.asarray(self._embeddings[np.asarray(ids, np.int64)], np.float32)
+
+    def question(self, question: str) -> list[int]:
+        """Ids of a conversation that consists of this question, up to where the answer begins."""
+        return self._encode(self._render(self._checked(question)))
+
+    def question_about_video(self, question: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the place of the video, which stands at the beginning of the user's turn."""
+        rendered = self._render(_VIDEO + self._checked(question))
+        before, found, after = rendered.partition(_VIDEO)
+        if not found:
+            raise InputError("the chat template drops the user's text; the artifact's template is not usable")
+        return self._encode(before), self._encode(after)
+
+    def unit(self, first: int, last: int) -> tuple[list[int], list[int]]:
+        """Ids before and after the visual tokens of one unit, whose frames are numbered first to last from 1."""
+        prefix = self._unit_prefix.replace("{first}", str(first)).replace("{last}", str(last))
+        return self._encode(prefix), self._encode(self._unit_suffix)
+
+    def stream(self, ids: Iterator[int]) -> Iterator[str]:
+        """Text as it becomes complete: a character of several tokens waits for the last of them."""
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in ids:
+            if piece := decoder.step(self._tokenizer, token):
+                yield piece
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _checked(self, question: str) -> str:
+        for token in self._control:
+            if token in question:
+                raise InputError(
+                    f"the question contains the control token {token}, which would end its turn; remove it"
+                )
+        return question
+
+    def _render(self, content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(f"the chat template failed: {error}") from None
+
+
+def _raise(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+class Sampler:
+    """Greedy at temperature 0; otherwise temperature, then nucleus (top-p) sampling, seeded (Holtzman et al. 2020).
+
+    Raises:
+        InputError: temperature below 0, or top_p outside (0, 1].
+    """
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
+        if not temperature >= 0:
+            raise InputError(f"temperature is {temperature}, expected 0 (greedy) or more")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}, expected more than 0 and at most 1")
+        self._temperature, self._top_p = temperature, top_p
+        self._random = np.random.default_rng(seed)
+
+    def pick(self, logits: NDArray[np.float32]) -> int:
+        """One token id from logits (vocabulary,)."""
+        if self._temperature == 0:
+            return int(logits.argmax())
+        probabilities = np.exp((logits.astype(np.float64) - logits.max()) / self._temperature)
+        probabilities /= probabilities.sum()
+        if self._top_p < 1:
+            order = np.argsort(-probabilities, kind="stable")
+            before = np.cumsum(probabilities[order]) - probabilities[order]
+            probabilities[order[before >= self._top_p]] = 0
+            probabilities /= probabilities.sum()
+        return int(self._random.choice(len(probabilities), p=probabilities))
