@@ -41,7 +41,7 @@ def available(flavour: Flavour) -> bool:
     return importlib.util.find_spec(_MODULES[flavour]) is not None
 
 
-def _load(flavour: Flavour) -> Any:
+def load(flavour: Flavour) -> Any:
     """Imports polygraphy for the wanted compiler, and the compiler.
 
     Raises:
@@ -74,10 +74,11 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
     Raises:
         InputError: the compiler is missing, or does not take the graph; with its own messages.
     """
-    trt = _load(flavour)
+    trt = load(flavour)
     from polygraphy.backend.trt import (
         CreateConfig,
         EngineBytesFromNetwork,
+        PostprocessConfig,
         Profile,
         network_from_onnx_path,
     )
@@ -96,7 +97,11 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
                 from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
                 pairs = [tuple(int(part) for part in capability.split(".")) for capability in capabilities]
-                config = CreateConfigRTX(profiles=[profile], compute_capabilities=pairs)
+                config = PostprocessConfig(
+                    CreateConfigRTX(profiles=[profile], compute_capabilities=pairs),
+                    # on by default, and FP32 asked for is FP32; for TensorRT polygraphy does it
+                    lambda builder, network, config: config.clear_flag(trt.BuilderFlag.TF32),
+                )
             else:
                 config = CreateConfig(profiles=[profile])
             found = _types_found(trt, network)

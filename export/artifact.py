@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
@@ -37,7 +37,7 @@ from .models.encoder import EncoderConfig, VideoEncoder
 from .models.liteframe import LiteFrameConfig
 from .models.reducers import WINDOWS
 from .models.vit import interpolate_position_embedding
-from .tokenizer import byte_level_bpe
+from .tokenizer import byte_level_bpe, parse_merges
 
 
 class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +55,10 @@ class LiteFrameFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     decoder: dict[str, Any]
     prompt: PromptConfig | None = None
     notice: str = ""
+
+
+_Config = TypeVar("_Config", EncoderConfig, DecoderConfig)
+_Module = TypeVar("_Module", VideoEncoder, Decoder)
 
 
 @dataclass
@@ -104,7 +108,9 @@ def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = 
         if model_type in ("internvl", "internvl_chat"):
             return _load_internvl(folder, path, config, model_type == "internvl", reducer, ratio)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: {_field_problem(error)}; expected an InternVL config") from None
+        raise InputError(f"{path}: {_field_problem(error)}") from None
+    except ZeroDivisionError:
+        raise InputError(f"{path}: a size, stride or window is 0, expected at least 1") from None
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     raise InputError(
@@ -127,7 +133,7 @@ def _load_liteframe(folder: Path, path: Path, reducer: str | None, ratio: int | 
     files = _files_of(checkpoint)
     if "gguf" in config.decoder:
         gguf = GGUFFile(inside(folder, config.decoder["gguf"]))
-        decoder = Decoder(gguf.config())
+        decoder = _build(Decoder, gguf.config())
         gguf.load(decoder)
         files.append(gguf.path)
         text = TextFiles(gguf.tokenizer(), gguf.chat_template(), {}, gguf.end_of_turn())
@@ -164,7 +170,15 @@ def _build_encoder(config: EncoderConfig, reducer: str | None, ratio: int | None
             raise ValueError("--reducer and --ratio are for frame-wise towers; a LiteFrame student compresses inside")
         window = WINDOWS[ratio] if ratio is not None else config.window
         config = msgspec.structs.replace(config, reducer=reducer or config.reducer, window=window)
-    return VideoEncoder(config).eval()
+    return _build(VideoEncoder, config)
+
+
+def _build(kind: Callable[[_Config], _Module], config: _Config) -> _Module:
+    """A module of the sizes that a config asks for. Raises ValueError for sizes below zero or beyond memory."""
+    try:
+        return kind(config)
+    except RuntimeError as error:
+        raise ValueError(f"sizes that no module can have ({str(error).splitlines()[0]})") from None
 
 
 def _resampling(encoder: VideoEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -175,7 +189,7 @@ def _resampling(encoder: VideoEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
     old = tuple(side // vit.patch_size for side in vit.pretrained_image_size)
 
     def resample(embedding: Tensor) -> Tensor:
-        if embedding.shape[0] != 1 + old[0] * old[1]:
+        if embedding.ndim != 2 or embedding.shape[0] != 1 + old[0] * old[1]:
             return embedding  # the shape check that follows names the tensor
         return interpolate_position_embedding(embedding, old, vit.grid)
 
@@ -190,7 +204,7 @@ def _load_decoder(
     (head,) = naming("lm_head.weight")
     (embedding,) = naming("model.embed_tokens.weight")
     tied = config.tie_word_embeddings and head not in checkpoint
-    decoder = Decoder(msgspec.structs.replace(config, tie_word_embeddings=tied)).eval()
+    decoder = _build(Decoder, msgspec.structs.replace(config, tie_word_embeddings=tied))
     used = load_parameters(
         decoder, checkpoint, lambda name: [embedding] if tied and name == "lm_head.weight" else naming(name)
     )
@@ -280,7 +294,9 @@ def _finish(
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
-    return Artifact(folder.resolve().name, digest.hexdigest(), encoder, decoder.eval(), text, prompt, notice)
+    return Artifact(
+        folder.resolve().name, digest.hexdigest(), encoder.eval(), decoder.eval(), text, prompt, notice
+    )
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:

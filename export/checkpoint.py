@@ -105,18 +105,25 @@ def load_parameters(
     for name, parameter in state.items():
         sources = naming(name)
         parts = [checkpoint.read(source) for source in sources]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         wanted = list(parameter.shape)
+        if len(parts) > 1:
+            _check_shapes(checkpoint, sources, parts, [wanted[0] // len(parts), *wanted[1:]])
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         while tensor.ndim > len(wanted) and tensor.shape[0] == 1:  # published embeddings carry batch axes
             tensor = tensor[0]
         if adjust and name in adjust:
             tensor = adjust[name](tensor)
-        if list(tensor.shape) != wanted:
-            raise InputError(
-                f"{checkpoint.files[sources[0]]}: tensor {sources[0]} has shape {list(tensor.shape)}, "
-                f"expected {wanted} by config.json"
-            )
+        _check_shapes(checkpoint, sources[:1], [tensor], wanted)
         with torch.no_grad():
             parameter.copy_(tensor)
         used.update(sources)
     return used
+
+
+def _check_shapes(checkpoint: Checkpoint, names: Iterable[str], tensors: Iterable[Tensor], wanted: list[int]) -> None:
+    for name, tensor in zip(names, tensors, strict=True):
+        if list(tensor.shape) != wanted:
+            raise InputError(
+                f"{checkpoint.files[name]}: tensor {name} has shape {list(tensor.shape)}, "
+                f"expected {wanted} by config.json"
+            )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engines.package import InputError
 from .models.decoder import Decoder, DecoderConfig
-from .tokenizer import byte_level_bpe
+from .tokenizer import byte_level_bpe, parse_merges
 
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -37,7 +37,8 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-_CONTROL = 3  # tokenizer.ggml.token_type of tokens such as <|im_end|>
+# tokenizer.ggml.token_type of tokens that are matched before anything else: <|im_end|>, and <think>
+_CONTROL, _USER_DEFINED = 3, 4
 
 
 class GGUFFile:
@@ -69,6 +70,8 @@ class GGUFFile:
 
     def config(self) -> DecoderConfig:
         heads, size = self.field("{arch}.attention.head_count"), self.field("{arch}.embedding_length")
+        if "token_embd.weight" not in self.tensors:
+            raise InputError(f"{self.path}: tensor token_embd.weight is missing")
         scaling = self.field("{arch}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self.tensors:
             raise InputError(f"{self.path}: scaled RoPE is not read from GGUF; use the safetensors checkpoint")
@@ -112,7 +115,10 @@ class GGUFFile:
 
     def _read(self, name: str) -> Tensor:
         stored = self.tensors[name]
-        values = np.ascontiguousarray(gguf.quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+        try:
+            values = np.array(gguf.quants.dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+        except NotImplementedError:
+            raise InputError(f"{self.path}: tensor {name} holds {stored.tensor_type.name}, expected weights") from None
         if not np.isfinite(values).all():
             raise InputError(f"{self.path}: tensor {name} holds NaN or infinity; the file is damaged")
         return torch.from_numpy(values)
@@ -123,14 +129,14 @@ class GGUFFile:
             raise InputError(f"{self.path}: tokenizer {self.field('tokenizer.ggml.model')!r}, expected byte-level BPE")
         tokens = self.field("tokenizer.ggml.tokens")
         special = [
-            AddedToken(token, special=True, normalized=False)
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
             for token, kind in zip(tokens, self.field("tokenizer.ggml.token_type"), strict=True)
-            if kind == _CONTROL
+            if kind in (_CONTROL, _USER_DEFINED)
         ]
-        merges = [(left, right) for left, right in (m.split(" ") for m in self.field("tokenizer.ggml.merges"))]
+        merges = self.field("tokenizer.ggml.merges")
         try:
             vocabulary = {token: i for i, token in enumerate(tokens)}
-            return byte_level_bpe(vocabulary, merges, self.field("tokenizer.ggml.pre", "gpt-2"), special)
+            return byte_level_bpe(vocabulary, parse_merges(merges), self.field("tokenizer.ggml.pre", "gpt-2"), special)
         except ValueError as error:
             raise InputError(f"{self.path}: {error}") from None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,27 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
 }
+# initialisations of PEFT that change the base weights too, so that the update alone is not the whole adapter
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+_Value = TypeVar("_Value", int, float)
+_Rank = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Scaling(msgspec.Struct):
+    """What a merge needs of PEFT's config; its defaults are PEFT's."""
+
+    r: _Rank = 8
+    lora_alpha: float = 8.0
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    init_lora_weights: bool | str | None = True
 
 
 def merge_adapter(decoder: nn.Module, folder: Path) -> list[Path]:
@@ -37,6 +58,8 @@ def merge_adapter(decoder: nn.Module, folder: Path) -> list[Path]:
         config = json.loads(config_path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{config_path}: cannot be read as JSON ({error}); expected PEFT's adapter config") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{config_path}: expected a JSON object, PEFT's adapter config")
     if config.get("peft_type") != "LORA":
         raise InputError(f"{config_path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     for field, off in _UNSUPPORTED.items():
@@ -44,21 +67,33 @@ def merge_adapter(decoder: nn.Module, folder: Path) -> list[Path]:
             raise InputError(
                 f"{config_path}: {field} = {config[field]!r} is not supported; merge the adapter with peft"
             )
+    try:
+        scaling = msgspec.convert(config, _Scaling)
+        for pattern in (*(scaling.rank_pattern or ()), *(scaling.alpha_pattern or ())):
+            re.compile(pattern)
+    except (ValueError, re.error) as error:
+        raise InputError(f"{config_path}: {error}; expected PEFT's adapter config") from None
+    initial = scaling.init_lora_weights
+    if isinstance(initial, str) and initial.lower().startswith(_BASE_CHANGING):
+        raise InputError(
+            f"{config_path}: init_lora_weights = {initial!r} is not supported, it changed the base weights; "
+            "merge the adapter with peft"
+        )
     checkpoint = Checkpoint(folder, stem="adapter_model")
-    weights = {name: tensor for name, tensor in decoder.state_dict().items() if name.endswith(".weight")}
-    halves: dict[str, dict[str, Tensor]] = {}
+    weights = {name: tensor for name, tensor in decoder.state_dict().items() if tensor.ndim == 2}
+    halves: dict[tuple[str, str], dict[str, Tensor]] = {}  # (the adapter's module, our weight): A and B
     for key in sorted(checkpoint.files):
         match = _KEY.match(key)
         target = _target(match["module"], weights) if match else None
         if match is None or target is None:
             raise InputError(f"{checkpoint.files[key]}: tensor {key} matches no weight of the decoder")
-        halves.setdefault(target, {})[match["half"]] = checkpoint.read(key)
+        halves.setdefault((match["module"], target), {})[match["half"]] = checkpoint.read(key)
     if not halves:
         raise InputError(f"{checkpoint.source}: holds no LoRA tensors")
-    for target, pair in halves.items():
+    for (module, target), pair in halves.items():
         if set(pair) != {"A", "B"}:
-            raise InputError(f"{checkpoint.source}: {target} has only one of lora_A and lora_B")
-        _merge(weights[target], pair["A"], pair["B"], config, target, checkpoint.source)
+            raise InputError(f"{checkpoint.source}: {module} has only one of lora_A and lora_B")
+        _merge(weights[target], pair["A"], pair["B"], scaling, module, checkpoint.source)
     return [config_path, *sorted(set(checkpoint.files.values()))]
 
 
@@ -72,24 +107,23 @@ def _target(module: str, weights: dict[str, Tensor]) -> str | None:
     return nested if nested in weights else None
 
 
-def _merge(weight: Tensor, a: Tensor, b: Tensor, config: dict[str, Any], target: str, source: Path) -> None:
-    rank = a.shape[0]
-    alpha = _by_pattern(config.get("alpha_pattern"), target, config.get("lora_alpha", 8))
-    declared = _by_pattern(config.get("rank_pattern"), target, config.get("r", rank))
-    if declared != rank or b.shape[1] != rank:
-        raise InputError(f"{source}: {target} has LoRA rank {rank}, the adapter's config says {declared}")
-    if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-        raise InputError(
-            f"{source}: the LoRA update of {target} has shape {[b.shape[0], a.shape[1]]}, expected {list(weight.shape)}"
-        )
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scaling: _Scaling, module: str, source: Path) -> None:
+    alpha = _by_pattern(scaling.alpha_pattern, module, scaling.lora_alpha)
+    rank = _by_pattern(scaling.rank_pattern, module, scaling.r)
+    rows, columns = weight.shape
+    for half, tensor, wanted in (("A", a, [rank, columns]), ("B", b, [rows, rank])):
+        if list(tensor.shape) != wanted:
+            raise InputError(
+                f"{source}: lora_{half} of {module} has shape {list(tensor.shape)}, expected {wanted} by "
+                "adapter_config.json and the decoder"
+            )
+    scale = alpha / rank**0.5 if scaling.use_rslora else alpha / rank
     with torch.no_grad():
         weight.add_(b @ a * scale)
 
 
-def _by_pattern(patterns: dict[str, Any] | None, target: str, default: Any) -> Any:
-    """PEFT's per-module values: a key is a regular expression for the end of the module's path."""
-    module = target.removesuffix(".weight")
+def _by_pattern(patterns: dict[str, _Value] | None, module: str, default: _Value) -> _Value:
+    """PEFT's value for one module of the trained model: a key is a regular expression for the end of its path."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

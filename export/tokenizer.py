@@ -6,7 +6,7 @@ pre-tokenizer of its family; the library does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -26,9 +26,12 @@ def byte_level_bpe(
         special: tokens matched before anything else, such as <|im_end|>.
 
     Raises:
-        ValueError: the family is not one of FAMILIES.
+        ValueError: the family is not one of FAMILIES, or vocabulary and merges contradict each other.
     """
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"vocabulary and merges do not make a tokenizer ({error})") from None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family != "qwen2")
     if family == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -43,3 +46,14 @@ def byte_level_bpe(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(list(special))
     return tokenizer
+
+
+def parse_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges from `left right` lines. Raises ValueError for a line that is not two tokens."""
+    pairs = []
+    for line in lines:
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ValueError(f"merge {line!r} is not two tokens")
+        pairs.append((left, right))
+    return pairs

@@ -57,22 +57,26 @@ def trace_decoder(decoder: Decoder, dialect: Dialect, capacity: int | None = Non
     Args:
         capacity: fixes the capacity of `fused` caches, as TensorRT demands; None leaves it to run time.
     """
-    fixed = capacity if dialect == "fused" else None
-    caches = decoder.empty_caches(fixed or 16)
+    caches = decoder.empty_caches(16)
     names = cache_names(decoder.config.num_hidden_layers)
     sequence = torch.export.Dim("sequence", min=1, max=MAX_POSITIONS)
     if dialect == "fused":
         length = torch.export.Dim("capacity", min=1, max=MAX_POSITIONS)
     else:
         length = torch.export.Dim("past", min=0, max=MAX_POSITIONS)
-    return _trace(
+    model = _trace(
         decoder,
         (torch.zeros(1, 5, decoder.config.hidden_size), torch.tensor([3]), caches),
-        ({1: sequence}, None, [None if fixed else {2: length}] * len(caches)),
+        ({1: sequence}, None, [{2: length}] * len(caches)),
         ["inputs_embeds", "write_index", *names],
         ["logits", *(f"{name}_out" for name in names)],
         dialect,
     )
+    if capacity is not None and dialect == "fused":
+        for value in (*model.graph.inputs[2:], *model.graph.outputs[1:]):
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:2], capacity, value.shape[3]])
+    return model
 
 
 def _trace(

@@ -40,10 +40,11 @@ def sample_indices(
 
     frame_count, fps: the video's length in frames, and its frames a second.
     frames: how many are wanted, N; a multiple of clip_length, T.
-    min_fps: frames a second, the least within a clip; a video that was taken at less gives every frame.
+    min_fps: frames a second, the least within a clip.
 
     With D seconds of video, clip k of the N / T is centred in the k-th of as many equal segments of [0, D). Its frames
-    lie min(1 / min_fps, D / N) seconds apart, and each is the one shown at that time. No frame is sampled twice.
+    lie min(1 / min_fps, D / N) seconds apart, though never closer than they were taken, and each is the one shown at
+    its time. No frame is sampled twice.
 
     A video of fewer than N frames gives all of them, in ceil(frame_count / T) clips; where the last clip is not full,
     the last frame is repeated to fill it.
@@ -57,17 +58,15 @@ def sample_indices(
             f"A video of {frame_count} frames at {fps} frames a second can't be sampled at {min_fps} a second or more; "
             "positive numbers were expected."
         )
-    order = np.arange(frames)
     if frame_count < frames:
         clips = -(-frame_count // clip_length)
-        return np.minimum(order[: clips * clip_length], frame_count - 1).reshape(clips, clip_length)
+        return np.minimum(np.arange(clips * clip_length), frame_count - 1).reshape(clips, clip_length)
     clips = frames // clip_length
     step = max(1.0, min(fps / min_fps, frame_count / frames))  # between the frames of a clip; the unit is the frame
     centres = (np.arange(clips) + 0.5) * (frame_count / clips)
     offsets = (np.arange(clip_length) - (clip_length - 1) / 2) * step
-    indices = np.floor(centres[:, None] + offsets).astype(np.int64).reshape(frames)
-    # two positions one frame apart can round to the same index: the later one then moves on by one
-    return (np.maximum.accumulate(indices - order) + order).reshape(clips, clip_length)
+    # floating point may put the start of a frame an ulp before it, and floor() would then give the frame before
+    return np.floor(np.round(centres[:, None] + offsets, 6)).astype(np.int64)
 
 
 def read_clips(source: VideoSource, frames: int, clip_length: int, size: tuple[int, int]) -> Iterator[Clip]:

@@ -82,8 +82,11 @@ class OrtDecoder:
         self._buffers = self._empty(self._fixed or 0)
 
     def _empty(self, length: int) -> dict[str, ort.OrtValue]:
-        zeros = np.zeros((1, self._kv_heads, length, self._head_dim), np.float32)
-        return {name: ort.OrtValue.ortvalue_from_numpy(zeros, self._device) for name in self._caches}
+        shape = (1, self._kv_heads, length, self._head_dim)
+        # on a CPU an OrtValue is a view of its array, so each cache needs one of its own
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self._device) for name in self._caches
+        }
 
     def forward(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.

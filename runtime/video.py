@@ -75,7 +75,7 @@ class VideoSource(ABC):
 
 
 def open_video(source: str | os.PathLike[str] | int | NDArray[np.uint8], fps: float | None = None) -> VideoSource:
-    """Opens a video without decoding it yet.
+    """Opens a video, to be read from its first frame on.
 
     source: one of
         path of a video file: whatever the FFmpeg in OpenCV decodes;

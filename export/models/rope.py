@@ -29,6 +29,9 @@ def inverse_frequencies(
         ValueError: the scaling's type is not one of TYPES, or one of its parameters is missing.
     """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    for parameter, ignored in (("mscale", None), ("mscale_all_dim", None), ("partial_rotary_factor", 1.0)):
+        if scaling.get(parameter, ignored) not in (ignored, None):
+            raise ValueError(f"RoPE scaling with {parameter} is not supported")
     frequency = 1 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     try:
         if kind in ("default", "dynamic"):

@@ -43,7 +43,7 @@ def weighted_average_pool(x: Tensor, blocks: Sequence[int]) -> Tensor:
             version=VERSION,
         )
     cls, patches = x[:, :, :1], x[:, :, 1:]
-    scores = (patches * cls).sum(-1) * scale  # (clips, T, H*W)
+    scores = (patches * (cls * scale)).sum(-1)  # (clips, T, H*W)
     scores = scores.reshape(clips, nt, t, nh, h, nw, w).permute(0, 1, 3, 5, 2, 4, 6)
     values = patches.reshape(clips, nt, t, nh, h, nw, w, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
     weights = scores.reshape(clips, nt * nh * nw, 1, t * h * w).softmax(-1)

@@ -92,6 +92,15 @@ every_checkpoint = pytest.mark.parametrize("name", CHECKPOINTS)
 both_dialects = pytest.mark.parametrize("dialect", ["fused", "plain"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other on tensors this small, and for long when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def load(name):
     """Our decoder with the weights of a random checkpoint, that checkpoint's inputs, and transformers' logits there."""

@@ -67,6 +67,15 @@ DINOV2 = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other on tensors this small, and for long when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def randomised(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

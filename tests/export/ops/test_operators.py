@@ -19,6 +19,15 @@ both_precisions = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 both_opsets = pytest.mark.parametrize("opset", [20, 24])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other on tensors this small, and for long when the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def normal(*shape, dtype=np.float32):
     return np.random.default_rng(math.prod(shape)).normal(size=shape).astype(dtype)
 

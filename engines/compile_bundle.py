@@ -1,0 +1,91 @@
+"""`liteframe compile`: the graphs in a package become engines, on the device, with TensorRT alone.
+
+The dialect follows from TensorRT's version. Engines that were compiled ahead of time are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import msgspec
+
+from . import compile_tensorrt
+from .device import find_gpus
+from .package import Engine, GateError, InputError, Package, Precision, describe_file, open_package, write_manifest
+from .targets import TARGETS, dialect_for_tensorrt
+
+
+def compile_bundle(folder: Path) -> Package:
+    """Compiles both engines into the package; the manifest changes only when both are done.
+
+    Raises:
+        InputError: not a package for TensorRT, no TensorRT, no GPU, another GPU than the target's, or a graph that
+            this TensorRT does not take.
+        GateError: the compiled network has other types than asked for.
+    """
+    bundle = open_package(folder)
+    target = TARGETS[bundle.manifest.target]
+    if target.compiler == "onnxruntime":
+        raise InputError(f"{folder}: a package for {target.name}, which needs no compiling; run it with: liteframe run")
+    if target.compiler == "tensorrt-rtx":
+        raise InputError(f"{folder}: a package for {target.name}, compiled ahead of time; there is nothing to finish")
+    trt = compile_tensorrt.load("tensorrt")
+    gpus, why = find_gpus()
+    if not gpus:
+        raise InputError(f"{folder}: TensorRT compiles on the device it is for, and there is no GPU here: {why}")
+    if gpus[0].capability not in target.capabilities:
+        raise InputError(
+            f"{folder}: made for {target.machine} (compute capability {', '.join(target.capabilities)}); this is "
+            f"{gpus[0].name} ({gpus[0].capability}), build for the target that fits it"
+        )
+    dialect = dialect_for_tensorrt(trt.__version__)
+    engines = []
+    temporary = []
+    try:
+        for name in ("encoder", "decoder"):
+            graph = bundle.graph(name, dialect)
+            compiled = compile_tensorrt.compile_graph(bundle.path(graph.files[0]), graph.inputs, "tensorrt", [])
+            if set(compiled.found) != {"fp32"}:
+                raise GateError(f"{name}: asked for fp32, the compiled network computes tensors of {compiled.found}")
+            final = folder / f"{name}.engine"
+            partial = folder / f".{name}.engine.{os.getpid()}"
+            temporary.append((partial, final))
+            partial.write_bytes(compiled.engine)
+            described = describe_file(folder, partial)
+            engines.append(
+                Engine(
+                    name=graph.name,
+                    dialect=dialect,
+                    files=[msgspec.structs.replace(described, path=final.name)],
+                    inputs=graph.inputs,
+                    outputs=graph.outputs,
+                    precision=Precision(asked="fp32", found=compiled.found),
+                    compiler="tensorrt",
+                    compiler_version=compiled.version,
+                    capabilities=[gpus[0].capability],
+                    parity=None,
+                )
+            )
+        for partial, final in temporary:
+            partial.replace(final)
+    finally:
+        for partial, _ in temporary:
+            partial.unlink(missing_ok=True)
+    write_manifest(folder, msgspec.structs.replace(bundle.manifest, engines=engines))
+    return open_package(folder)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="liteframe compile", description="Finish a bundle on its device.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
+    options = parser.parse_args(arguments)
+    made = compile_bundle(options.bundle)
+    for engine in made.manifest.engines:
+        size = engine.files[0].bytes / 1e6
+        print(f"{engine.name}: {size:.0f} MB, {engine.dialect}, TensorRT {engine.compiler_version}")
+    if options.json:
+        print(msgspec.json.encode(made.manifest).decode())
+    return 0

@@ -1,0 +1,105 @@
+"""`liteframe doctor`: what this machine has, and for each target what can be compiled and run here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .device import find_gpus
+from .targets import TARGETS, Target
+
+LIBRARIES = (
+    "liteframe",
+    "numpy",
+    "opencv-python-headless",
+    "tokenizers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx",
+    "torch",
+    "polygraphy",
+    "tensorrt-rtx",
+    "tensorrt",
+)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="liteframe doctor", description="What can be compiled and run here.")
+    parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
+    options = parser.parse_args(arguments)
+    report = examine()
+    print(f"Python {report['python']} on {report['machine']}")
+    print(", ".join(f"{name} {found}" for name, found in report["libraries"].items()))
+    print("GPU: " + ("; ".join(f"{g['name']} ({g['capability']})" for g in report["gpus"]) or report["no_gpu"]))
+    table = Table("target", "compile here", "run here", box=None, pad_edge=False)
+    for name, verdict in report["targets"].items():
+        table.add_row(name, verdict["compile"], verdict["run"])
+    Console().print(table)
+    if options.json:
+        print(json.dumps(report))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """What the command prints, as one document."""
+    gpus, why = find_gpus()
+    return {
+        "python": platform.python_version(),
+        "machine": f"{sys.platform} {platform.machine()}",
+        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
+        "gpus": [{"name": g.name, "capability": g.capability, "memory": g.memory} for g in gpus],
+        "no_gpu": why,
+        "targets": {
+            target.name: {
+                "compile": _can_compile(target, {g.capability for g in gpus}),
+                "run": _can_run(target),
+            }
+            for target in TARGETS.values()
+        },
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _can_compile(target: Target, capabilities: set[str]) -> str:
+    if importlib.util.find_spec("torch") is None:
+        exporting = "bundles only: no torch"
+    else:
+        exporting = ""
+    if target.compiler == "onnxruntime":
+        return exporting or ("yes" if importlib.util.find_spec("onnxruntime") else "no: onnxruntime is not installed")
+    if (
+        target.compiler == "tensorrt"
+        and importlib.util.find_spec("tensorrt")
+        and capabilities & set(target.capabilities)
+    ):
+        return "yes, by TensorRT on this GPU (liteframe compile)"
+    ahead = importlib.util.find_spec("tensorrt_rtx") is not None
+    if "tensorrt-rtx" in (target.compiler, target.ahead_of_time):
+        return exporting or ("ahead of time, by TensorRT-RTX" if ahead else "no: tensorrt-rtx is not installed")
+    return exporting or (
+        "a proven bundle, to be finished on the device" if ahead else "no: tensorrt-rtx is not installed"
+    )
+
+
+def _can_run(target: Target) -> str:
+    if target.provider is None:
+        return "not by this version: TensorRT engines are opened with trtexec or polygraphy"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "no: onnxruntime is not installed"
+    import onnxruntime
+
+    return "yes" if target.provider in onnxruntime.get_available_providers() else f"no: {target.provider} is not there"

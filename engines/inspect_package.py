@@ -1,0 +1,71 @@
+"""`liteframe inspect`: checks a package as the runtime would, and prints what is in it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from .package import Engine, Package, TensorSpec, open_package
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="liteframe inspect", description="Check a package and print what is in it.")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
+    options = parser.parse_args(arguments)
+    package = open_package(options.package)
+    _print(package)
+    if options.json:
+        print(msgspec.json.encode(package.manifest).decode())
+    return 0
+
+
+def _print(package: Package) -> None:
+    manifest, model = package.manifest, package.manifest.model
+    print(f"{package.folder}: target {manifest.target}, {'engines' if manifest.engines else 'bundle without engines'}")
+    print(f"built from {manifest.built_from.artifact}, SHA-256 {manifest.built_from.artifact_sha256}")
+    print("with " + ", ".join(f"{name} {version}" for name, version in manifest.built_from.versions.items()))
+    height, width = model.image_size
+    print(
+        f"up to {model.max_frames} frames of {width} x {height} in clips of {model.clip_length}, "
+        f"{model.tokens_per_clip} visual tokens a clip, KV cache of {model.capacity} positions"
+    )
+    if manifest.text.notice:
+        print(f"note: {manifest.text.notice}")
+    console = Console()
+    for part in (*manifest.engines, *manifest.graphs):
+        kind = "engine" if isinstance(part, Engine) else "graph"
+        print(f"\n{part.name} {kind}, {part.dialect}: " + ", ".join(file.path for file in part.files))
+        if isinstance(part, Engine):
+            found = ", ".join(f"{count} {name}" for name, count in part.precision.found.items())
+            capabilities = " ".join(part.capabilities) or "any"
+            print(f"  {part.compiler} {part.compiler_version}, compute capability {capabilities}")
+            print(f"  precision asked {part.precision.asked}, tensors found {found}")
+        figures = part.parity or {"not run": "no device for it where it was compiled"}
+        print("  against torch: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        table = Table("", "tensor", "type", "shape", "min", "opt", "max", box=None, padding=(0, 1))
+        for way, specs in (("in", part.inputs), ("out", part.outputs)):
+            for spec in _without_repeats(specs):
+                profile = spec.profile
+                shapes = [spec.shape, *([profile.min, profile.opt, profile.max] if profile else [])]
+                table.add_row(way, spec.name, spec.dtype, *(" ".join(map(str, shape)) for shape in shapes))
+        console.print(table)
+    print("\nall files are there and match their hashes")
+
+
+def _without_repeats(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """The caches of the first layer stand for those of all."""
+    shown = [spec for spec in specs if "_cache_" not in spec.name or spec.name.split("_")[2] == "0"]
+    if len(shown) == len(specs):
+        return specs
+    layers = len([spec for spec in specs if "_cache_" in spec.name]) // 2
+    return [
+        msgspec.structs.replace(spec, name=spec.name.replace("_0", f"_0..{layers - 1}", 1))
+        if "_cache_" in spec.name
+        else spec
+        for spec in shown
+    ]
