@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     table = Table("target", "compile here", "run here", box=None, pad_edge=False)
     for name, verdict in report["targets"].items():
         table.add_row(name, verdict["compile"], verdict["run"])
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     if options.json:
         print(json.dumps(report))
     return 0
@@ -75,10 +75,7 @@ def _version(name: str) -> str | None:
 
 
 def _can_compile(target: Target, capabilities: set[str]) -> str:
-    if importlib.util.find_spec("torch") is None:
-        exporting = "bundles only: no torch"
-    else:
-        exporting = ""
+    exporting = "" if importlib.util.find_spec("torch") else "no: torch is not installed, to export"
     if target.compiler == "onnxruntime":
         return exporting or ("yes" if importlib.util.find_spec("onnxruntime") else "no: onnxruntime is not installed")
     if (
@@ -90,14 +87,12 @@ def _can_compile(target: Target, capabilities: set[str]) -> str:
     ahead = importlib.util.find_spec("tensorrt_rtx") is not None
     if "tensorrt-rtx" in (target.compiler, target.ahead_of_time):
         return exporting or ("ahead of time, by TensorRT-RTX" if ahead else "no: tensorrt-rtx is not installed")
-    return exporting or (
-        "a proven bundle, to be finished on the device" if ahead else "no: tensorrt-rtx is not installed"
-    )
+    return exporting or ("a bundle, finished on the device" if ahead else "no: tensorrt-rtx is not installed")
 
 
 def _can_run(target: Target) -> str:
     if target.provider is None:
-        return "not by this version: TensorRT engines are opened with trtexec or polygraphy"
+        return "no: engines for trtexec and polygraphy"
     if importlib.util.find_spec("onnxruntime") is None:
         return "no: onnxruntime is not installed"
     import onnxruntime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import msgspec
@@ -36,7 +37,7 @@ def _print(package: Package) -> None:
     )
     if manifest.text.notice:
         print(f"note: {manifest.text.notice}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for part in (*manifest.engines, *manifest.graphs):
         kind = "engine" if isinstance(part, Engine) else "graph"
         print(f"\n{part.name} {kind}, {part.dialect}: " + ", ".join(file.path for file in part.files))

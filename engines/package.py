@@ -198,13 +198,12 @@ def inside(folder: Path, relative: str) -> Path:
     """
     parts = PurePosixPath(relative)
     path = folder / parts
-    if (
-        not relative
-        or parts.is_absolute()
-        or ".." in parts.parts
-        or "\\" in relative
-        or not path.resolve().is_relative_to(folder.resolve())
-    ):
+    outside = not relative or parts.is_absolute() or ".." in parts.parts or "\\" in relative
+    try:
+        outside = outside or not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL
+        outside = True
+    if outside:
         raise InputError(f"{folder}: refers to {relative!r}, which lies outside the folder; refusing to follow it")
     return path
 
@@ -254,7 +253,9 @@ def _read_manifest(path: Path) -> Manifest:
     content = path.read_bytes()
     try:
         version = msgspec.json.decode(content, type=dict)["format"]
-    except (msgspec.DecodeError, KeyError) as error:
+    except KeyError:
+        raise InputError(f"{path}: not a manifest (no field format); copy or build the package again") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a manifest ({error}); copy or build the package again") from None
     if version != FORMAT:
         raise InputError(
@@ -263,7 +264,7 @@ def _read_manifest(path: Path) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.ValidationError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}; build the package again with this version of liteframe") from None
     if _self_hash(manifest) != manifest.sha256:
         raise InputError(
@@ -295,7 +296,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         InputError: `output` exists, or its parent can't be written.
     """
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise InputError(f"{output}: already exists; remove it or choose another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
     python examples/clip_smollm2.py OUTPUT
 
-    CLIP's tower, dequantised          -> encoder.backbone.*      224 px, 14 x 14 patches, WAP 16x -> 7 x 7 tokens a clip
+    CLIP's tower, dequantised          -> encoder.backbone.*      224 px, 14 x 14 patches, WAP 16x: 49 tokens a clip
     a seeded, untrained projector      -> encoder.projector.*     768 -> 576
     SmolLM2's GGUF file, as it is      -> decoder
 

@@ -57,8 +57,36 @@ class LiteFrameFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     notice: str = ""
 
 
+class _Token(msgspec.Struct):
+    content: str
+    special: bool = False
+    normalized: bool = False
+
+
+class _Template(msgspec.Struct):
+    name: str
+    template: str
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """What is read of tokenizer_config.json; a token is a string or an object, a template may be several by name."""
+
+    tokenizer_class: str | None = None
+    chat_template: str | list[_Template] | None = None
+    added_tokens_decoder: dict[int, _Token] = msgspec.field(default_factory=dict)
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+    unk_token: str | _Token | None = None
+
+
+class _Ends(msgspec.Struct):
+    eos_token_id: int | list[int] | None = None
+
+
 _Config = TypeVar("_Config", EncoderConfig, DecoderConfig)
 _Module = TypeVar("_Module", VideoEncoder, Decoder)
+_Read = TypeVar("_Read")
 
 
 @dataclass
@@ -140,7 +168,7 @@ def _load_liteframe(folder: Path, path: Path, reducer: str | None, ratio: int | 
     else:
         decoder, decoder_used = _load_decoder(decoder_config(config.decoder), checkpoint, names.decoder)
         used |= decoder_used
-        text, text_files = _load_text(folder, config.decoder)
+        text, text_files = _load_text(folder, config.decoder, path)
         files += text_files
     checkpoint.refuse_extra(used, lambda name: False)
     if config.encoder.output_size != decoder.config.hidden_size:
@@ -154,13 +182,14 @@ def _load_liteframe(folder: Path, path: Path, reducer: str | None, ratio: int | 
 def _load_internvl(
     folder: Path, path: Path, config: dict[str, Any], hf: bool, reducer: str | None, ratio: int | None
 ) -> Artifact:
+    language_model = internvl_decoder_config(config, hf)
     encoder = _build_encoder(internvl_encoder_config(config, hf), reducer, ratio)
     checkpoint = Checkpoint(folder)
     names = HfNames(checkpoint.files) if hf else OriginalNames()
     used = load_parameters(encoder, checkpoint, names.encoder, _resampling(encoder))
-    decoder, decoder_used = _load_decoder(internvl_decoder_config(config, hf), checkpoint, names.decoder)
+    decoder, decoder_used = _load_decoder(language_model, checkpoint, names.decoder)
     checkpoint.refuse_extra(used | decoder_used, lambda name: name.endswith("rotary_emb.inv_freq"))
-    text, text_files = _load_text(folder, config["text_config" if hf else "llm_config"])
+    text, text_files = _load_text(folder, config["text_config" if hf else "llm_config"], path)
     return _finish(folder, encoder, decoder, text, [path, *_files_of(checkpoint), *text_files], None, "")
 
 
@@ -177,8 +206,9 @@ def _build(kind: Callable[[_Config], _Module], config: _Config) -> _Module:
     """A module of the sizes that a config asks for. Raises ValueError for sizes below zero or beyond memory."""
     try:
         return kind(config)
-    except RuntimeError as error:
-        raise ValueError(f"sizes that no module can have ({str(error).splitlines()[0]})") from None
+    except RuntimeError:
+        part = "decoder" if kind is Decoder else "encoder"
+        raise ValueError(f"sizes of the {part} are below zero, or beyond this machine's memory") from None
 
 
 def _resampling(encoder: VideoEncoder) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -211,31 +241,30 @@ def _load_decoder(
     return decoder, used
 
 
-def _load_text(folder: Path, language_model: dict[str, Any]) -> tuple[TextFiles, list[Path]]:
-    path = folder / "tokenizer_config.json"
-    config = _read_json(path) if path.exists() else {}
-    files = [path] if path.exists() else []
-    tokenizer, used = _load_tokenizer(folder, config)
+def _load_text(folder: Path, language_model: dict[str, Any], source: Path) -> tuple[TextFiles, list[Path]]:
+    """Tokenizer, chat template, and the tokens that end an answer; `source` is where `language_model` was read."""
+    path, generation = folder / "tokenizer_config.json", folder / "generation_config.json"
+    files = [file for file in (path, generation) if file.exists()]
+    config = _read_as(_TokenizerConfig, path) if path in files else _TokenizerConfig()
+    tokenizer, tokenizer_files = _load_tokenizer(folder, config)
     template, template_files = _load_template(folder, config)
-    special = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value
-    }
-    generation = folder / "generation_config.json"
-    ends: list[int] = []
-    for source in (_read_json(generation) if generation.exists() else {}, language_model):
-        value = source.get("eos_token_id")
-        ends += value if isinstance(value, list) else [value] if value is not None else []
+    tokens = {name: getattr(config, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    special = {name: token if isinstance(token, str) else token.content for name, token in tokens.items() if token}
+    ends: set[int] = set()
+    for found in (
+        _read_as(_Ends, generation) if generation in files else _Ends(),
+        _convert(_Ends, language_model, source),
+    ):
+        value = found.eos_token_id
+        ends.update(value if isinstance(value, list) else [value] if value is not None else [])
     if "eos_token" in special and (eos := tokenizer.token_to_id(special["eos_token"])) is not None:
-        ends.append(eos)
+        ends.add(eos)
     if not ends:
         raise InputError(f"{folder}: no eos_token_id in generation_config.json, config.json or tokenizer_config.json")
-    files += [*used, *template_files, *([generation] if generation.exists() else [])]
-    return TextFiles(tokenizer, template, special, sorted(set(ends))), files
+    return TextFiles(tokenizer, template, special, sorted(ends)), [*files, *tokenizer_files, *template_files]
 
 
-def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, list[Path]]:
+def _load_tokenizer(folder: Path, config: _TokenizerConfig) -> tuple[Tokenizer, list[Path]]:
     path = folder / "tokenizer.json"
     if path.exists():
         try:
@@ -245,30 +274,39 @@ def _load_tokenizer(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, li
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if not (vocabulary.exists() and merges.exists()):
         raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; expected a tokenizer there")
-    if "Qwen2" not in config.get("tokenizer_class", "Qwen2"):
-        raise InputError(
-            f"{folder}: {config['tokenizer_class']} without a tokenizer.json; save the fast tokenizer there"
-        )
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    pairs = [
-        (left, right) for left, right in (line.split(" ") for line in lines if line and not line.startswith("#version"))
-    ]
-    added = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
-    special = [
-        AddedToken(token["content"], special=token.get("special", False), normalized=token.get("normalized", False))
-        for _, token in added
-    ]
-    return byte_level_bpe(_read_json(vocabulary), pairs, "qwen2", special), [vocabulary, merges]
+    if "Qwen2" not in (config.tokenizer_class or "Qwen2"):
+        raise InputError(f"{folder}: {config.tokenizer_class} without a tokenizer.json; save the fast tokenizer there")
+    added = sorted(config.added_tokens_decoder.items())
+    special = [AddedToken(token.content, special=token.special, normalized=token.normalized) for _, token in added]
+    try:
+        lines = merges.read_text(encoding="utf-8").splitlines()
+        pairs = parse_merges(line for line in lines if line and not line.startswith("#version"))
+    except ValueError as error:
+        raise InputError(f"{merges}: {error}; fetch it again") from None
+    try:
+        tokenizer = byte_level_bpe(_read_as(dict[str, int], vocabulary), pairs, "qwen2", special)
+    except ValueError as error:
+        raise InputError(f"{vocabulary}: {error}; fetch it and {merges.name} again") from None
+    for number, token in added:
+        if tokenizer.token_to_id(token.content) != number:
+            raise InputError(
+                f"{folder / 'tokenizer_config.json'}: added token {token.content} is number {number}, but "
+                f"{tokenizer.token_to_id(token.content)} by {vocabulary.name}; save the fast tokenizer there"
+            )
+    return tokenizer, [vocabulary, merges]
 
 
-def _load_template(folder: Path, config: dict[str, Any]) -> tuple[str, list[Path]]:
+def _load_template(folder: Path, config: _TokenizerConfig) -> tuple[str, list[Path]]:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8"), [path]
+        try:
+            return path.read_text(encoding="utf-8"), [path]
+        except ValueError as error:
+            raise InputError(f"{path}: not text ({error}); fetch it again") from None
     path = folder / "chat_template.json"
-    found = _read_json(path).get("chat_template") if path.exists() else config.get("chat_template")
-    if isinstance(found, list):  # several by name
-        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+    found = (_read_as(_TokenizerConfig, path) if path.exists() else config).chat_template
+    if isinstance(found, list):
+        found = next((entry.template for entry in found if entry.name == "default"), None)
     if not found:
         raise InputError(
             f"{folder}: the tokenizer has no chat template; expected chat_template.jinja or tokenizer_config.json"
@@ -294,9 +332,7 @@ def _finish(
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
-    return Artifact(
-        folder.resolve().name, digest.hexdigest(), encoder.eval(), decoder.eval(), text, prompt, notice
-    )
+    return Artifact(folder.resolve().name, digest.hexdigest(), encoder.eval(), decoder.eval(), text, prompt, notice)
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:
@@ -308,8 +344,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected it in an artifact's folder") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")
     return content
+
+
+def _read_as(kind: type[_Read], path: Path) -> _Read:
+    return _convert(kind, _read_json(path), path)
+
+
+def _convert(kind: type[_Read], content: dict[str, Any], path: Path) -> _Read:
+    try:
+        return msgspec.convert(content, kind, str_keys=True)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -43,7 +43,7 @@ CHUNK = 512
 GRAPHS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
 MAX_CLIPS = 16
 VERSIONS = ("liteframe", "torch", "onnx", "onnxscript", "onnxruntime")
-Progress = Console(stderr=True)
+Progress = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def build(

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from .models.decoder import DecoderConfig
 from .models.encoder import EncoderConfig
 from .models.vit import ViTConfig
+
+_Config = TypeVar("_Config", DecoderConfig, ViTConfig)
 
 # what each family of language models fixes without saying so in config.json
 DECODER_FAMILIES: dict[str, dict[str, bool]] = {
@@ -45,22 +47,23 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         raise ValueError(f"language model activation {config['hidden_act']!r} is not supported, expected 'silu'")
     if config.get("use_sliding_window"):
         raise ValueError("sliding-window attention is not supported")
+    size, heads = (_positive(config, name) for name in ("hidden_size", "num_attention_heads"))
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-    heads = config["num_attention_heads"]
     features = DECODER_FAMILIES[family]
     attention_bias = bool(config.get("attention_bias", False))
-    return DecoderConfig(
-        hidden_size=config["hidden_size"],
+    return _make(
+        DecoderConfig,
+        hidden_size=size,
         num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim") or size // heads,
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_scaling=rope,
         qkv_bias=features.get("qkv_bias", attention_bias),
         output_bias=attention_bias and family != "qwen2",
@@ -70,9 +73,32 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _size(value: Any) -> tuple[int, int]:
-    height, width = value if isinstance(value, list | tuple) else (value, value)
-    return int(height), int(width)
+def _make(kind: type[_Config], **fields: Any) -> _Config:
+    """Unlike the class itself, checks the fields' types. Raises ValueError that names the field."""
+    return msgspec.convert(fields, kind)
+
+
+def _positive(config: dict[str, Any], name: str) -> int:
+    value = config[name]
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected a positive integer")
+    return value
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    value = config[name]
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}, expected an object")
+    return value
+
+
+def _size(config: dict[str, Any], name: str) -> tuple[int, int]:
+    """Height and width, of one number or of two."""
+    value = config[name]
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"{name} is {value!r}, expected an integer, or height and width")
+    return sides[0], sides[1]
 
 
 def internvl_encoder_config(config: dict[str, Any], hf: bool) -> EncoderConfig:
@@ -82,24 +108,31 @@ def internvl_encoder_config(config: dict[str, Any], hf: bool) -> EncoderConfig:
         ValueError: a feature that the encoder does not have.
         KeyError: a field is missing.
     """
-    vision = config["vision_config"]
+    vision = _section(config, "vision_config")
     layer = config.get("vision_feature_layer" if hf else "select_layer", -1)
     if layer != -1:
         raise ValueError(f"features of vision layer {layer} are not supported, expected the last layer, -1")
-    if not hf and config.get("ps_version", "v2") != "v2":
-        raise ValueError(f"pixel shuffle {config['ps_version']!r} is not supported, expected 'v2'")
+    if not hf and config.get("ps_version", "v1") != "v2":  # v1 is the default of OpenGVLab's own code
+        raise ValueError(f"pixel shuffle ps_version {config.get('ps_version', 'v1')!r} is not supported, expected 'v2'")
+    if hf and config.get("vision_feature_select_strategy", "default") != "default":
+        raise ValueError("a vision_feature_select_strategy other than 'default' is not supported")
+    if hf and config.get("projector_hidden_act", "gelu") != "gelu":
+        raise ValueError(f"projector activation {config['projector_hidden_act']!r} is not supported, expected 'gelu'")
     if hf and not vision.get("use_absolute_position_embeddings", True):
         raise ValueError("a vision tower without absolute position embeddings is not supported")
     activation = vision.get("hidden_act", "gelu")
     if activation not in INTERNVL_ACTIVATIONS:
         raise ValueError(f"vision activation {activation!r} is not supported")
-    stored = _size(vision["image_size"])
-    run = _size(config.get("force_image_size") or vision["image_size"])
-    patch = vision["patch_size"]
-    vit = ViTConfig(
+    stored = _size(vision, "image_size")
+    run = _size(config, "force_image_size") if config.get("force_image_size") else stored
+    ratio = config.get("downsample_ratio", 0.5)
+    if ratio not in (1, 1 / 2, 1 / 4):
+        raise ValueError(f"downsample_ratio {ratio!r} is not supported, expected 1, 0.5 or 0.25")
+    vit = _make(
+        ViTConfig,
         image_size=run,
         pretrained_image_size=stored if stored != run else None,
-        patch_size=patch[0] if isinstance(patch, list) else patch,
+        patch_size=_size(vision, "patch_size")[0],
         hidden_size=vision["hidden_size"],
         num_hidden_layers=vision["num_hidden_layers"],
         num_attention_heads=vision["num_attention_heads"],
@@ -111,14 +144,13 @@ def internvl_encoder_config(config: dict[str, Any], hf: bool) -> EncoderConfig:
         qk_norm=vision.get("use_qk_norm" if hf else "qk_normalization", False),
         final_norm=hf and not vision.get("use_mean_pooling", True),
     )
-    text = config["text_config" if hf else "llm_config"]
-    shuffle = round(1 / config.get("downsample_ratio", 0.5))
-    return EncoderConfig(backbone=vit, output_size=text["hidden_size"], shuffle=shuffle)
+    text = _section(config, "text_config" if hf else "llm_config")
+    return EncoderConfig(backbone=vit, output_size=_positive(text, "hidden_size"), shuffle=round(1 / ratio))
 
 
 def internvl_decoder_config(config: dict[str, Any], hf: bool) -> DecoderConfig:
     """The language model's part of an InternVL config; raises as `decoder_config`."""
-    made = decoder_config(config["text_config" if hf else "llm_config"])
+    made = decoder_config(_section(config, "text_config" if hf else "llm_config"))
     return msgspec.structs.replace(
         made, tie_word_embeddings=made.tie_word_embeddings or bool(config.get("tie_word_embeddings"))
     )

@@ -15,6 +15,8 @@ from ..engines.package import InputError
 from .checkpoint import Checkpoint
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight$")
+# weights that PEFT saves whole beside the adapter: the head or the embedding where one of them is adapted
+_WHOLE = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
 # features of PEFT that change what a merge computes, with the values that mean they are off
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -83,11 +85,15 @@ def merge_adapter(decoder: nn.Module, folder: Path) -> list[Path]:
     weights = {name: tensor for name, tensor in decoder.state_dict().items() if tensor.ndim == 2}
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}  # (the adapter's module, our weight): A and B
     for key in sorted(checkpoint.files):
-        match = _KEY.match(key)
+        match = _KEY.match(key) or _WHOLE.match(key)
         target = _target(match["module"], weights) if match else None
         if match is None or target is None:
             raise InputError(f"{checkpoint.files[key]}: tensor {key} matches no weight of the decoder")
-        halves.setdefault((match["module"], target), {})[match["half"]] = checkpoint.read(key)
+        if match.re is _KEY:
+            halves.setdefault((match["module"], target), {})[match["half"]] = checkpoint.read(key)
+        else:
+            _check_shape(checkpoint.files[key], key, checkpoint.read(key), list(weights[target].shape))
+            weights[target].copy_(checkpoint.read(key))
     if not halves:
         raise InputError(f"{checkpoint.source}: holds no LoRA tensors")
     for (module, target), pair in halves.items():
@@ -112,14 +118,17 @@ def _merge(weight: Tensor, a: Tensor, b: Tensor, scaling: _Scaling, module: str,
     rank = _by_pattern(scaling.rank_pattern, module, scaling.r)
     rows, columns = weight.shape
     for half, tensor, wanted in (("A", a, [rank, columns]), ("B", b, [rows, rank])):
-        if list(tensor.shape) != wanted:
-            raise InputError(
-                f"{source}: lora_{half} of {module} has shape {list(tensor.shape)}, expected {wanted} by "
-                "adapter_config.json and the decoder"
-            )
+        _check_shape(source, f"lora_{half} of {module}", tensor, wanted)
     scale = alpha / rank**0.5 if scaling.use_rslora else alpha / rank
     with torch.no_grad():
         weight.add_(b @ a * scale)
+
+
+def _check_shape(source: Path, name: str, tensor: Tensor, wanted: list[int]) -> None:
+    if list(tensor.shape) != wanted:
+        raise InputError(
+            f"{source}: {name} has shape {list(tensor.shape)}, expected {wanted} by adapter_config.json and the decoder"
+        )
 
 
 def _by_pattern(patterns: dict[str, _Value] | None, module: str, default: _Value) -> _Value:

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
@@ -26,6 +27,7 @@ SUMMARY = {
 
 def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command and turns what goes wrong into one message and an exit code: 1 a gate failed, 2 bad input."""
+    warnings.showwarning = lambda message, *_: print(f"liteframe: warning: {message}", file=sys.stderr)
     try:
         return command(arguments)
     except GateError as error:

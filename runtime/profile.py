@@ -74,9 +74,7 @@ def _counts(text: str) -> list[int]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="liteframe profile", description="Latency by number of frames.")
     parser.add_argument("package", type=Path)
-    parser.add_argument(
-        "--frames", type=_counts, help="numbers of frames, such as 64,128,256 (default: up to the most)"
-    )
+    parser.add_argument("--frames", type=_counts, help="such as 64,128,256 (default: up to the most)")
     parser.add_argument("--iterations", type=int, default=100, help="runs that count (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=40, help="runs before them (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
