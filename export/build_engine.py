@@ -302,7 +302,7 @@ def _write_text(artifact: Artifact, folder: Path) -> package.Text:
     )
 
 
-def _print_report(made: package.Package) -> None:
+def print_report(made: package.Package) -> None:
     table = Table("", "compiler", "capability", "precision found", "MB", "against torch", box=None, pad_edge=False)
     parts: list[Engine | Graph] = [*made.manifest.engines, *made.manifest.graphs]
     for part in parts:
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     output = options.output or Path(f"{options.artifact.resolve().name}-{options.target}")
     made = build(options.artifact, options.target, output, options.frames, options.reducer, options.ratio)
-    _print_report(made)
+    print_report(made)
     if options.json:
         print(msgspec.json.encode({"package": str(made.folder), "manifest": made.manifest}).decode())
     return 0

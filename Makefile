@@ -1,0 +1,32 @@
+# `make demo` and `make test` set everything up themselves, from nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint bench clean
+
+$(READY): pyproject.toml CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e ".[export,cpu,dev]"
+	touch $(READY)
+
+# real weights and a real video, built for the CPU and ahead of time for an A100, and asked about
+demo: $(READY)
+	$(BIN)/python examples/demo.py build/demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# against named peers, in turns; needs the extra peers
+bench: $(READY)
+	$(BIN)/python -m pip install -q -e ".[bench]"
+	$(BIN)/python bench/encoder_cpu.py
+
+clean:
+	rm -rf $(VENV) build
