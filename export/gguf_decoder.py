@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer
@@ -69,27 +70,33 @@ class GGUFFile:
         return field.contents()
 
     def config(self) -> DecoderConfig:
-        heads, size = self.field("{arch}.attention.head_count"), self.field("{arch}.embedding_length")
-        if "token_embd.weight" not in self.tensors:
+        """Raises InputError for fields that are missing or that no decoder can have."""
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None:
             raise InputError(f"{self.path}: tensor token_embd.weight is missing")
         scaling = self.field("{arch}.rope.scaling.type", "none")
         if scaling != "none" or "rope_freqs.weight" in self.tensors:
             raise InputError(f"{self.path}: scaled RoPE is not read from GGUF; use the safetensors checkpoint")
-        return DecoderConfig(
-            hidden_size=size,
-            num_hidden_layers=self.field("{arch}.block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=self.field("{arch}.attention.head_count_kv", heads),
-            head_dim=self.field("{arch}.attention.key_length", size // heads),
-            intermediate_size=self.field("{arch}.feed_forward_length"),
-            vocab_size=self.tensors["token_embd.weight"].shape[1].item(),
-            max_position_embeddings=self.field("{arch}.context_length"),
-            rms_norm_eps=self.field("{arch}.attention.layer_norm_rms_epsilon"),
-            rope_theta=self.field("{arch}.rope.freq_base", 10000.0),
-            qkv_bias="blk.0.attn_q.bias" in self.tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in self.tensors,
-            tie_word_embeddings="output.weight" not in self.tensors,
-        )
+        heads, size = self.field("{arch}.attention.head_count"), self.field("{arch}.embedding_length")
+        fields = {
+            "hidden_size": size,
+            "num_hidden_layers": self.field("{arch}.block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.field("{arch}.attention.head_count_kv", heads),
+            "intermediate_size": self.field("{arch}.feed_forward_length"),
+            "vocab_size": embedding.shape[-1].item(),
+            "max_position_embeddings": self.field("{arch}.context_length"),
+            "rms_norm_eps": self.field("{arch}.attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.field("{arch}.rope.freq_base", 10000.0),
+            "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+            "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+        }
+        try:
+            fields["head_dim"] = self.field("{arch}.attention.key_length", 0) or size // heads
+            return msgspec.convert(fields, DecoderConfig)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(f"{self.path}: metadata that no decoder can have ({error})") from None
 
     def load(self, decoder: Decoder) -> None:
         """Fills the decoder. Raises InputError for missing and extra tensors, wrong shapes, and values not finite."""
@@ -127,18 +134,18 @@ class GGUFFile:
         """Raises InputError for a tokenizer that is not byte-level BPE of a known family."""
         if self.field("tokenizer.ggml.model") != "gpt2":
             raise InputError(f"{self.path}: tokenizer {self.field('tokenizer.ggml.model')!r}, expected byte-level BPE")
-        tokens = self.field("tokenizer.ggml.tokens")
-        special = [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, self.field("tokenizer.ggml.token_type"), strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-        merges = self.field("tokenizer.ggml.merges")
+        tokens, merges = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.merges")
+        kinds, family = self.field("tokenizer.ggml.token_type"), self.field("tokenizer.ggml.pre", "gpt-2")
         try:
+            special = [
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, kinds, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
             vocabulary = {token: i for i, token in enumerate(tokens)}
-            return byte_level_bpe(vocabulary, parse_merges(merges), self.field("tokenizer.ggml.pre", "gpt-2"), special)
-        except ValueError as error:
-            raise InputError(f"{self.path}: {error}") from None
+            return byte_level_bpe(vocabulary, parse_merges(merges), family, special)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.path}: not a tokenizer ({error})") from None
 
     def chat_template(self) -> str:
         return self.field("tokenizer.chat_template")
