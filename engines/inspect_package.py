@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .package import Engine, Package, TensorSpec, open_package
+from .package import Engine, Graph, Package, TensorSpec, open_package
 
 
 def main(arguments: list[str]) -> int:
@@ -38,7 +38,8 @@ def _print(package: Package) -> None:
     if manifest.text.notice:
         print(f"note: {manifest.text.notice}")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for part in (*manifest.engines, *manifest.graphs):
+    parts: list[Engine | Graph] = [*manifest.engines, *manifest.graphs]
+    for part in parts:
         kind = "engine" if isinstance(part, Engine) else "graph"
         print(f"\n{part.name} {kind}, {part.dialect}: " + ", ".join(file.path for file in part.files))
         if isinstance(part, Engine):
@@ -46,14 +47,16 @@ def _print(package: Package) -> None:
             capabilities = " ".join(part.capabilities) or "any"
             print(f"  {part.compiler} {part.compiler_version}, compute capability {capabilities}")
             print(f"  precision asked {part.precision.asked}, tensors found {found}")
-        figures = part.parity or {"not run": "no device for it where it was compiled"}
-        print("  against torch: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+        figures = ", ".join(f"{name} {value}" for name, value in (part.parity or {}).items())
+        print(f"  against torch: {figures or 'not run, no device for it where it was compiled'}")
         table = Table("", "tensor", "type", "shape", "min", "opt", "max", box=None, padding=(0, 1))
         for way, specs in (("in", part.inputs), ("out", part.outputs)):
             for spec in _without_repeats(specs):
                 profile = spec.profile
-                shapes = [spec.shape, *([profile.min, profile.opt, profile.max] if profile else [])]
-                table.add_row(way, spec.name, spec.dtype, *(" ".join(map(str, shape)) for shape in shapes))
+                sizes = [" ".join(map(str, spec.shape))]
+                if profile is not None:
+                    sizes += [" ".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max)]
+                table.add_row(way, spec.name, spec.dtype, *sizes)
         console.print(table)
     print("\nall files are there and match their hashes")
 

@@ -40,7 +40,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     pass
 
 
-class File(_Strict):
+class File(_Strict, frozen=True):
     """A file of the package: its path relative to the manifest, with forward slashes."""
 
     path: str
@@ -48,7 +48,7 @@ class File(_Strict):
     sha256: str
 
 
-class Profile(_Strict):
+class Profile(_Strict, frozen=True):
     """Smallest, most common and largest shape of an input (a TensorRT optimization profile)."""
 
     min: list[int]
@@ -56,7 +56,7 @@ class Profile(_Strict):
     max: list[int]
 
 
-class TensorSpec(_Strict):
+class TensorSpec(_Strict, frozen=True):
     """An input or output; a dimension is a number or, where it varies, a name."""
 
     name: str
@@ -65,7 +65,7 @@ class TensorSpec(_Strict):
     profile: Profile | None = None
 
 
-class Graph(_Strict):
+class Graph(_Strict, frozen=True):
     """An ONNX graph. `files`: the graph, then the weights beside it. `parity`: figures against the torch module."""
 
     name: Literal["encoder", "decoder"]
@@ -77,14 +77,14 @@ class Graph(_Strict):
     parity: dict[str, float]
 
 
-class Precision(_Strict):
+class Precision(_Strict, frozen=True):
     """What was asked for, and how many tensors of each type the compiled network has."""
 
     asked: Literal["fp32"]
     found: dict[str, int]
 
 
-class Engine(_Strict):
+class Engine(_Strict, frozen=True):
     """A compiled graph. `parity` is null where the engine could not be run on the machine that compiled it."""
 
     name: Literal["encoder", "decoder"]
@@ -99,7 +99,7 @@ class Engine(_Strict):
     parity: dict[str, float] | None
 
 
-class Model(_Strict):
+class Model(_Strict, frozen=True):
     """What the runtime must know of the model.
 
     Attributes:
@@ -127,7 +127,7 @@ class Model(_Strict):
     chunk: int
 
 
-class Text(_Strict):
+class Text(_Strict, frozen=True):
     """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit."""
 
     tokenizer: File
@@ -140,13 +140,13 @@ class Text(_Strict):
     notice: str
 
 
-class Origin(_Strict):
+class Origin(_Strict, frozen=True):
     artifact: str
     artifact_sha256: str
     versions: dict[str, str]
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True):
     """`sha256` is that of the manifest itself with this field left empty."""
 
     format: Literal[1]
@@ -159,7 +159,8 @@ class Manifest(_Strict):
     sha256: str
 
     def files(self) -> Iterator[File]:
-        for part in (*self.graphs, *self.engines):
+        parts: list[Graph | Engine] = [*self.graphs, *self.engines]
+        for part in parts:
             yield from part.files
         yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
 

@@ -17,9 +17,9 @@ from typing import Literal
 
 if __package__ in (None, ""):  # run as a script: this folder's modules must not shadow the standard library's
     sys.path.pop(0)
-    from liteframe.export.build_engine import command
+    from liteframe.export import build_engine
 
-    sys.exit(command())
+    sys.exit(build_engine.command())
 
 import msgspec
 import numpy as np
@@ -312,10 +312,10 @@ def print_report(made: package.Package) -> None:
             figures = f"cosine {part.parity['cosine']:.7f}"
         if isinstance(part, Engine):
             found = ", ".join(f"{count} {name}" for name, count in part.precision.found.items())
-            row = (f"{part.name} engine", part.compiler, " ".join(part.capabilities) or "any", found)
+            capability = " ".join(part.capabilities) or "any"
+            table.add_row(f"{part.name} engine", part.compiler, capability, found, size, figures)
         else:
-            row = (f"{part.name} graph, {part.dialect}", "", "", "")
-        table.add_row(*row, size, figures)
+            table.add_row(f"{part.name} graph, {part.dialect}", "", "", "", size, figures)
     Progress.print(table)
     Progress.print(f"{'engine package' if made.manifest.engines else 'bundle'}: {made.folder}", highlight=False)
 

@@ -62,7 +62,8 @@ class GGUFFile:
             )
 
     def field(self, name: str, default: Any = None) -> Any:
-        field = self._reader.get_field(name.replace("{arch}", getattr(self, "architecture", "")))
+        name = name.replace("{arch}", getattr(self, "architecture", ""))
+        field = self._reader.get_field(name)
         if field is None:
             if default is None:
                 raise InputError(f"{self.path}: metadata {name} is missing; convert the model again")

@@ -141,9 +141,9 @@ def _name_after_modules(model: ir.Model) -> None:
             if not value.is_graph_output():
                 value.name = f"{node.name}:{value.index()}" if len(node.outputs) > 1 else node.name
     for node in model.graph:
-        for position, value in enumerate(node.inputs):
-            if value is not None and value.is_initializer() and str(value.name).startswith(("val_", "_", "permute")):
-                value.name = f"{node.name}:{position}"
+        for position, weight in enumerate(node.inputs):
+            if weight is not None and weight.is_initializer() and str(weight.name).startswith(("val_", "_", "permute")):
+                weight.name = f"{node.name}:{position}"
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()
@@ -191,7 +191,7 @@ class WeightsFile:
                 offset=self._offsets[digest],
                 length=len(data),
                 dtype=tensor.dtype,
-                shape=tensor.shape,
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=str(value.name),
                 base_dir=self.path.parent,
             )

@@ -48,7 +48,7 @@ class LiteFrameConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
         for d in self.downsampling:
             if any(n % s for n, s in zip(size, d.stride, strict=True)):
                 raise ValueError(f"downsampling stride {list(d.stride)} does not divide the grid {list(size)}")
-            size = tuple(n // s for n, s in zip(size, d.stride, strict=True))
+            size = (size[0] // d.stride[0], size[1] // d.stride[1], size[2] // d.stride[2])
 
     def grids(self) -> list[tuple[int, int, int]]:
         """(T, H, W) inside each block, and after the last one."""

@@ -72,7 +72,7 @@ def function_body(opset: int) -> onnx.FunctionProto:
     follows references to attributes for `pads` and `group` of a Conv, but silently takes 1 for its `strides`.
     """
 
-    def attribute(name: str, source: str, kind: int) -> onnx.AttributeProto:
+    def attribute(name: str, source: str, kind: Any) -> onnx.AttributeProto:
         return onnx.AttributeProto(name=name, ref_attr_name=source, type=kind)
 
     ints, integer = onnx.AttributeProto.INTS, onnx.AttributeProto.INT
@@ -125,7 +125,8 @@ def numpy_reference(
     padded = np.pad(x, padding)
     sizes = [math.ceil(n / s) for n, s in zip((time, *grid), strides, strict=True)]
     out = np.broadcast_to(bias.astype(np.float64), (clips, *sizes, channels)).copy()
-    for tap in itertools.product(*map(range, kernel)):
+    taps = weight.astype(np.float64).reshape(channels, -1)
+    for number, tap in enumerate(itertools.product(*map(range, kernel))):
         window = tuple(slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True))
-        out += padded[(slice(None), *window)] * weight[(slice(None), 0, *tap)].astype(np.float64)
+        out += padded[(slice(None), *window)] * taps[:, number]
     return out.reshape(clips, sizes[0], -1, channels)

@@ -56,7 +56,7 @@ def function_body(opset: int) -> onnx.FunctionProto:
     def node(op: str, inputs: list[str], *outputs: str, **constants: Any):
         return oh.make_node(op, inputs, outputs, **constants)
 
-    def reference(name: str, source: str, kind: int, output: str):
+    def reference(name: str, source: str, kind: Any, output: str):
         made = oh.make_node("Constant", [], [output])
         made.attribute.append(onnx.AttributeProto(name=name, ref_attr_name=source, type=kind))
         return made
