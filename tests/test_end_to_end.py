@@ -1,0 +1,99 @@
+"""The whole way on real weights: artifact, packages for the CPU and SM80, real video, and SmolLM2's own words."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from assets import fetch
+from clip_smollm2 import assemble
+from liteframe.engines.package import InputError, open_package
+from liteframe.export.build_engine import build
+from liteframe.runtime import VideoSession
+
+pytestmark = pytest.mark.slow
+QUESTION = "Describe a rainy day in a big city."
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real") / "clip-smollm2"
+    assemble(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package(artifact):
+    return build(artifact, "cpu", artifact.parent / "cpu", frames=16)
+
+
+def test_greedy_text_equals_transformers_token_for_token(package):
+    transformers = pytest.importorskip("transformers")
+    gguf = fetch("smollm2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+    expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    session = VideoSession(package)
+    assert "".join(session.ask(QUESTION, max_new_tokens=64)) == expected
+    assert session.stats.prompt_tokens == prompt["input_ids"].shape[1]
+
+
+def test_a_real_video_is_watched_and_a_second_question_costs_only_its_own_tokens(package):
+    session = VideoSession(package)
+    session.watch(fetch("bikes"), frames=16)
+    first = "".join(session.ask("What is happening?", max_new_tokens=8))
+    llm_ms = session.stats.llm_ms
+    assert session.stats.frames == 16 and session.stats.visual_tokens == 4 * 49
+    assert "".join(session.ask("What is happening?", max_new_tokens=8)) == first
+    assert session.stats.llm_ms < llm_ms
+    with pytest.raises(InputError, match="KV cache"):
+        session.ask("long " * 5000)
+
+
+def test_the_same_artifact_gives_a_byte_identical_manifest(artifact, package):
+    again = build(artifact, "cpu", artifact.parent / "again", frames=16)
+    assert (again.folder / "manifest.json").read_bytes() == (package.folder / "manifest.json").read_bytes()
+
+
+def test_sm80_engines_are_compiled_without_a_gpu_and_not_run(artifact):
+    made = build(artifact, "a100", artifact.parent / "a100", frames=16)
+    engines = made.manifest.engines
+    assert [e.name for e in engines] == ["encoder", "decoder"]
+    assert all(e.compiler == "tensorrt-rtx" and e.capabilities == ["8.0"] and e.parity is None for e in engines)
+    assert all(set(e.precision.found) == {"fp32"} for e in engines)
+    with pytest.raises(InputError, match="TensorRT engines for a100"):
+        VideoSession(made)
+
+
+def test_a_jetson_bundle_carries_both_dialects_and_names_what_finishes_it(artifact):
+    made = build(artifact, "jetson-orin", artifact.parent / "orin", frames=16)
+    assert {(g.name, g.dialect) for g in made.manifest.graphs} == {
+        (n, d) for n in ("encoder", "decoder") for d in ("fused", "plain")
+    }
+    with pytest.raises(InputError, match="liteframe compile"):
+        VideoSession(made)
+
+
+def test_the_command_answers_and_ends_with_one_json_document(package):
+    command = [sys.executable, "-c", "from liteframe.runtime.cli import main; raise SystemExit(main())", "run"]
+    question = "What is the capital of France?"
+    done = subprocess.run([*command, package.folder, "", question, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout.splitlines()[-1])["answer"] == "The capital of France is Paris."
+
+
+def test_a_tampered_engine_is_refused_before_loading(package, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(package.folder, copy)
+    data = copy / "encoder.data"
+    with data.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)
+        file.seek(1000)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(InputError, match=r"encoder\.data: SHA-256 differs"):
+        open_package(copy)
