@@ -70,7 +70,7 @@ def main() -> None:
         folder = Path(name)
         with WeightsFile(folder / "graph.data") as weights:
             weights.save(trace_encoder(encoder, "fused"), folder / "graph.onnx")
-        engine, _ = compile_graph(folder / "graph.onnx", folder / "encoder.onnx", "CPUExecutionProvider")
+        engine, _ = compile_graph(folder / "graph.onnx", folder / "engine.onnx", "CPUExecutionProvider")
         ours = OrtEncoder(engine, threads=options.threads)
 
         stock = folder / "stock.onnx"
