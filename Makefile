@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-build clean
 
 $(READY): pyproject.toml CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	$(BIN)/python bench/encoder_cpu.py
+	$(BIN)/python bench/prefill_cpu.py
+
+# LiteFrame-B at 448 px with a decoder of Qwen2.5-0.5B's shape, random weights, built for the CPU and for SM80
+bench-build: $(READY)
+	$(BIN)/python bench/build_full_size.py
 
 clean:
 	rm -rf $(VENV) build
