@@ -14,7 +14,7 @@ import msgspec
 from . import compile_tensorrt
 from .device import find_gpus
 from .package import Engine, GateError, InputError, Package, Precision, describe_file, open_package, write_manifest
-from .targets import TARGETS, dialect_for_tensorrt
+from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
 
 def compile_bundle(folder: Path) -> Package:
@@ -41,6 +41,12 @@ def compile_bundle(folder: Path) -> Package:
             f"{gpus[0].name} ({gpus[0].capability}), build for the target that fits it"
         )
     dialect = dialect_for_tensorrt(trt.__version__)
+    if dialect not in target.dialects:
+        needed = ".".join(map(str, FUSED_SINCE))
+        raise InputError(
+            f"{folder}: TensorRT {trt.__version__} takes graphs in the {dialect} dialect, and packages for "
+            f"{target.name} carry {', '.join(target.dialects)} ones; install TensorRT {needed} or later"
+        )
     engines = []
     temporary = []
     try:

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def load(flavour: Flavour) -> Any:
     """Imports polygraphy for the wanted compiler, and the compiler.
 
     Raises:
-        InputError: it is not installed, or this process already uses the other one.
+        InputError: one of them is not installed, or this process already uses the other one.
     """
     if not available(flavour):
         hint = {
@@ -53,7 +54,12 @@ def load(flavour: Flavour) -> Any:
             "tensorrt-rtx": "install liteframe[export] on x86-64 Linux",
         }[flavour]
         raise InputError(f"{flavour} is not installed here; {hint}")
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "tensorrt-rtx" else "0"
+    if importlib.util.find_spec("polygraphy") is None:
+        raise InputError(
+            f"polygraphy, which drives {flavour}, is not installed; run: pip install 'liteframe[tensorrt]'"
+        )
+    if "polygraphy.config" not in sys.modules:  # which reads it once
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavour == "tensorrt-rtx" else "0"
     from polygraphy import config
     from polygraphy.logger import G_LOGGER
 
@@ -72,7 +78,8 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
         capabilities: for TensorRT-RTX, what the engine must run on, such as "8.0"; TensorRT takes the GPU it finds.
 
     Raises:
-        InputError: the compiler is missing, or does not take the graph; with its own messages.
+        InputError: the compiler is missing, an input that varies has no profile, or the compiler does not take the
+            graph; with its own messages.
     """
     trt = load(flavour)
     from polygraphy.backend.trt import (
@@ -86,6 +93,8 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
 
     profile = Profile()
     for spec in inputs:
+        if spec.profile is None and any(isinstance(size, str) for size in spec.shape):
+            raise InputError(f"{graph}: input {spec.name} varies and has no profile of shapes; build the graph again")
         if spec.profile is not None:
             profile.add(spec.name, spec.profile.min, spec.profile.opt, spec.profile.max)
     log = io.StringIO()
@@ -107,15 +116,17 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
             found = _types_found(trt, network)
             engine = EngineBytesFromNetwork((builder, network, parser), config=config)()
     except PolygraphyException as error:
-        details = _errors(log.getvalue()) or str(error)
+        details = _errors(log.getvalue()) or " ".join(str(error).split())
         raise InputError(f"{graph}: {flavour} {trt.__version__} cannot compile it: {details}") from None
     return Compiled(engine=bytes(engine), found=found, version=trt.__version__)
 
 
 def _errors(log: str) -> str:
-    """The compiler's own first errors, which explain a failure; without those about the GPU that is not there."""
+    """The compiler's own first errors, which explain a failure; without those about the GPU that is not there, and
+    without the parser's frames around each."""
     lines = [line.partition("[E]")[2].strip() for line in log.splitlines() if "[E]" in line and "cudaError" not in line]
-    return "; ".join(dict.fromkeys(line[:400] for line in lines[:3] if line))
+    telling = dict.fromkeys(line[:400] for line in lines if line and not line.startswith("ModelImporter.cpp:"))
+    return "; ".join([*telling][:3])
 
 
 def _let_attention_decompose(trt: Any, network: Any) -> None:

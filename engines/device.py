@@ -1,8 +1,14 @@
-"""What NVIDIA GPUs this machine has, through the driver; importable and honest where there is none."""
+"""What NVIDIA GPUs this machine has. The driver's own library is asked, so that any installation can tell."""
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import Any
+
+LIBRARY = "libcuda.so.1"
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_CAPABILITY = (75, 76)
 
 
 @dataclass(frozen=True)
@@ -14,29 +20,42 @@ class Gpu:
     memory: int
 
 
+class _DriverError(Exception):
+    pass
+
+
 def find_gpus() -> tuple[list[Gpu], str]:
     """The GPUs, and, when there are none, why."""
     try:
-        from cuda.bindings import driver
-    except ImportError:
-        return [], "not examined: cuda-bindings is not installed (pip install 'liteframe[tensorrt]')"
+        driver = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return [], f"no NVIDIA driver ({LIBRARY} cannot be loaded)"
     try:
-        (error,) = driver.cuInit(0)
-    except Exception as missing:  # the bindings raise their own types when the driver's library is absent
-        return [], f"no NVIDIA driver ({type(missing).__name__})"
-    if error != driver.CUresult.CUDA_SUCCESS:
-        return [], f"the NVIDIA driver answers {error.name}"
-    gpus = []
-    for index in range(driver.cuDeviceGetCount()[1]):
-        device = driver.cuDeviceGet(index)[1]
-        attribute = driver.CUdevice_attribute
-        major, minor = (
-            driver.cuDeviceGetAttribute(which, device)[1]
-            for which in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        name = driver.cuDeviceGetName(128, device)[1].decode().strip("\0 ")
-        gpus.append(Gpu(name, f"{major}.{minor}", driver.cuDeviceTotalMem(device)[1]))
+        _call(driver, "cuInit", 0)
+        count = ctypes.c_int()
+        _call(driver, "cuDeviceGetCount", ctypes.byref(count))
+        gpus = [_describe(driver, index) for index in range(count.value)]
+    except _DriverError as error:
+        return [], f"the NVIDIA driver answers {error}"
     return gpus, "" if gpus else "the driver finds no GPU"
+
+
+def _describe(driver: Any, index: int) -> Gpu:
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(128), ctypes.c_size_t()
+    _call(driver, "cuDeviceGet", ctypes.byref(device), index)
+    _call(driver, "cuDeviceGetName", name, len(name), device)
+    _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(memory), device)
+    numbers = []
+    for attribute in _CAPABILITY:
+        number = ctypes.c_int()
+        _call(driver, "cuDeviceGetAttribute", ctypes.byref(number), attribute, device)
+        numbers.append(str(number.value))
+    return Gpu(name.value.decode(), ".".join(numbers), memory.value)
+
+
+def _call(driver: Any, function: str, *arguments: Any) -> None:
+    result = getattr(driver, function)(*arguments)
+    if result != 0:
+        name = ctypes.c_char_p()
+        driver.cuGetErrorName(result, ctypes.byref(name))
+        raise _DriverError(f"{function}: {name.value.decode() if name.value else f'error {result}'}")

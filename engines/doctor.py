@@ -83,7 +83,8 @@ def _can_compile(target: Target, capabilities: set[str]) -> str:
         and importlib.util.find_spec("tensorrt")
         and capabilities & set(target.capabilities)
     ):
-        return "yes, by TensorRT on this GPU (liteframe compile)"
+        drives = importlib.util.find_spec("polygraphy")
+        return "yes, by TensorRT on this GPU (liteframe compile)" if drives else "no: polygraphy is not installed"
     ahead = importlib.util.find_spec("tensorrt_rtx") is not None
     if "tensorrt-rtx" in (target.compiler, target.ahead_of_time):
         return exporting or ("ahead of time, by TensorRT-RTX" if ahead else "no: tensorrt-rtx is not installed")

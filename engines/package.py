@@ -62,7 +62,7 @@ class TensorSpec(_Strict, frozen=True):
     name: str
     dtype: str
     shape: list[int | str]
-    profile: Profile | None = None
+    profile: Profile | None
 
 
 class Graph(_Strict, frozen=True):
@@ -205,7 +205,9 @@ def inside(folder: Path, relative: str) -> Path:
     except (OSError, RuntimeError, ValueError):  # a link to itself, a NUL
         outside = True
     if outside:
-        raise InputError(f"{folder}: refers to {relative!r}, which lies outside the folder; refusing to follow it")
+        raise InputError(
+            f"{folder}: refers to {relative!r}, which lies outside the folder; expected a path in it, put it there"
+        )
     return path
 
 
@@ -236,7 +238,7 @@ def open_package(folder: str | Path) -> Package:
     manifest = _read_manifest(path)
     for file in manifest.files():
         found = inside(folder, file.path)
-        if not found.is_file():
+        if not _is_file(found):
             raise InputError(f"{found}: missing, although {MANIFEST} lists it; copy the whole package again")
         if found.stat().st_size != file.bytes:
             raise InputError(
@@ -250,6 +252,13 @@ def open_package(folder: str | Path) -> Package:
     return Package(folder=folder, manifest=manifest)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
 def _read_manifest(path: Path) -> Manifest:
     content = path.read_bytes()
     try:
@@ -257,7 +266,7 @@ def _read_manifest(path: Path) -> Manifest:
     except KeyError:
         raise InputError(f"{path}: not a manifest (no field format); copy or build the package again") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a manifest ({error}); copy or build the package again") from None
+        raise InputError(f"{path}: not a manifest ({_printable(error)}); copy or build the package again") from None
     if version != FORMAT:
         raise InputError(
             f"{path}: package format {version!r}, this version of liteframe reads {FORMAT}; "
@@ -266,14 +275,23 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(content, type=Manifest)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: {error}; build the package again with this version of liteframe") from None
+        raise InputError(
+            f"{path}: {_printable(error)}; build the package again with this version of liteframe"
+        ) from None
     if _self_hash(manifest) != manifest.sha256:
         raise InputError(
             f"{path}: changed since it was built (its own SHA-256 does not match); build the package again"
         )
     if manifest.target not in TARGETS:
-        raise InputError(f"{path}: target {manifest.target!r}, expected one of {', '.join(TARGETS)}")
+        raise InputError(
+            f"{path}: target {manifest.target!r}, expected one of {', '.join(TARGETS)}; build the package again"
+        )
     return manifest
+
+
+def _printable(error: Exception) -> str:
+    """An error's text, which may quote what it stumbled over, on one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
 
 
 def _self_hash(manifest: Manifest) -> str:
@@ -286,8 +304,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     signed = msgspec.structs.replace(manifest, sha256=_self_hash(manifest))
     text = msgspec.json.format(msgspec.json.encode(signed, order="deterministic"), indent=1) + b"\n"
     temporary = folder / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_bytes(text)
-    temporary.replace(folder / MANIFEST)
+    try:
+        temporary.write_bytes(text)
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -295,11 +316,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that becomes it when all went well, and vanishes when not.
 
     Raises:
-        InputError: `output` exists, or its parent can't be written.
+        InputError: `output` exists, now or at the end, or its parent can't be written.
     """
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{output}: already exists; remove it or choose another --output")
     try:
+        if output.exists() or output.is_symlink():
+            raise InputError(f"{output}: already exists; remove it or choose another --output")
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
@@ -307,6 +328,11 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        temporary.rename(output)
+        try:
+            temporary.rename(output)
+        except OSError as error:
+            raise InputError(
+                f"{output}: cannot take the finished folder ({error.strerror}); remove what came there meanwhile"
+            ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,7 @@ pre-tokenizer of its family; the library does the rest.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -28,10 +29,18 @@ def byte_level_bpe(
     Raises:
         ValueError: the family is not one of FAMILIES, or vocabulary and merges contradict each other.
     """
+    refusal = "vocabulary and merges do not make a tokenizer"
+    # checked here, because the library panics at some of these and takes others
+    for token in itertools.chain.from_iterable((left, right, left + right) for left, right in merges):
+        if token not in vocabulary:
+            raise ValueError(f"{refusal} (token {token!r} of the merges is not in the vocabulary)")
+    numbers = set(vocabulary.values())
+    if len(numbers) < len(vocabulary) or not all(0 <= number < 2**32 for number in numbers):
+        raise ValueError(f"{refusal} (its numbers repeat or are out of range)")
     try:
         tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"vocabulary and merges do not make a tokenizer ({error})") from None
+        raise ValueError(f"{refusal} ({str(error).splitlines()[0]})") from None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family != "qwen2")
     if family == "smollm":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

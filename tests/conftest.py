@@ -1,7 +1,11 @@
 import json
+import os
 import sys
 
+import msgspec
 import pytest
+
+os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when a test module first imports polygraphy
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +30,137 @@ def small_bpe():
     )
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [(left, right) for left, right in model["merges"]]
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tmp_path_factory, small_bpe):
+    """A LiteFrame artifact's folder with random weights: student 56 x 56, 2 tokens a clip; tied Llama of 24 wide."""
+    import msgspec
+    import torch
+    from liteframe.export.layouts import decoder_config
+    from liteframe.export.models.decoder import Decoder
+    from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+    from liteframe.export.models.liteframe import Downsampling, LiteFrameConfig
+    from liteframe.export.models.vit import ViTConfig
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    backbone = LiteFrameConfig(
+        vit=ViTConfig(
+            image_size=(56, 56), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        ),
+        downsampling=(Downsampling(1, (2, 2, 2)),),
+        head_size=12,
+    )
+    llama = {
+        "model_type": "llama",
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 40,
+        "vocab_size": 340,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100.0,
+        "tie_word_embeddings": True,
+    }
+    generator = torch.Generator().manual_seed(0)
+    modules = {
+        "encoder": VideoEncoder(EncoderConfig(backbone=backbone, output_size=24)),
+        "decoder": Decoder(decoder_config(llama)),
+    }
+    tensors = {}
+    for part, module in modules.items():
+        for name, parameter in module.named_parameters():  # shared ones appear once
+            tensors[f"{part}.{name}"] = torch.randn(parameter.shape, generator=generator) * 0.3
+    folder = tmp_path_factory.mktemp("tiny") / "artifact"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "model_type": "liteframe",
+        "version": 1,
+        "encoder": msgspec.to_builtins(modules["encoder"].config),
+        "decoder": llama,
+        "prompt": {"unit_prefix": "Frames {first}-{last}: ", "unit_suffix": "\n"},
+        "notice": "random weights",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.BPE(*small_bpe))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}))
+    (folder / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_package(tiny_artifact):
+    """`tiny_artifact` built for the CPU, for up to 16 frames: an opened package; tests leave it as it is."""
+    from liteframe.export.build_engine import build
+
+    return build(tiny_artifact, "cpu", tiny_artifact.parent / "package", frames=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest():
+    """Writes the files of a package into a folder and returns their manifest: an a100 package with engines, in which
+    every field that may vary does. The files hold a few bytes each and are no graphs."""
+    from liteframe.engines import package
+
+    def write(folder):
+        def file(path, content):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+            return package.describe_file(folder, folder / path)
+
+        def spec(name, *shape, profile=None):
+            return package.TensorSpec(name=name, dtype="float32", shape=list(shape), profile=profile)
+
+        profile = package.Profile(min=[1, 8], opt=[2, 8], max=[4, 8])
+        graphs, engines = [], []
+        for name in ("encoder", "decoder"):
+            specs = {"inputs": [spec("x", "clips", 8, profile=profile)], "outputs": [spec("y", "clips", 2)]}
+            both = {"name": name, "dialect": "fused", "parity": {"cosine": 0.9999987, "relative_difference": 2e-7}}
+            data = file(f"graphs/{name}.data", f"{name}'s weights".encode())
+            graph = file(f"graphs/{name}.fused.onnx", f"{name}'s graph".encode())
+            graphs.append(package.Graph(**both, **specs, opset=24, files=[graph, data]))
+            engines.append(
+                package.Engine(
+                    **both,
+                    **specs,
+                    files=[file(f"{name}.engine", f"{name}'s engine".encode())],
+                    precision=package.Precision(asked="fp32", found={"fp32": 7}),
+                    compiler="tensorrt",
+                    compiler_version="11.4.1",
+                    capabilities=["8.0"],
+                )
+            )
+        engines[1] = msgspec.structs.replace(engines[1], parity=None)
+        numbers = {name: i for i, name in enumerate(package.Model.__struct_fields__[1:], 1)}
+        return package.Manifest(
+            format=1,
+            target="a100",
+            built_from=package.Origin(artifact="tiny", artifact_sha256="0" * 64, versions={"torch": "2.13.0"}),
+            model=package.Model(image_size=(56, 42), **numbers),
+            text=package.Text(
+                tokenizer=file("tokenizer.json", b"{}"),
+                chat_template=file("chat_template.jinja", "café".encode()),
+                embeddings=file("embeddings.npy", bytes(64)),
+                end_of_turn=[2],
+                special_tokens={"eos_token": "<|im_end|>"},
+                unit_prefix="Frames {first}-{last}: ",
+                unit_suffix="\n",
+                notice="random weights",
+            ),
+            graphs=graphs,
+            engines=engines,
+            sha256="",
+        )
+
+    return write
