@@ -16,11 +16,13 @@ class _ThreeProducts(RewriteRuleClassBase):
         product = op.Add(op.MatMul(x, weight), bias)
         return op.Split(product, num_outputs=3, _allow_other_attributes=True, _outputs=["q", "k", "v"])
 
-    def check(self, op, weight: ir.Value, q: ir.Value, **_) -> MatchResult:
+    def check(self, op, weight: ir.Value, bias: ir.Value, q: ir.Value, **_) -> MatchResult:
         result, split = MatchResult(), q.producer()
         axis = split.attributes.get_int("axis", 0) if split is not None else 0
-        if weight.shape is None or len(weight.shape) != 2 or not weight.is_initializer():
+        if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
             return result.fail("not a matrix of weights")
+        if bias.shape is None or bias.shape.dims != weight.shape.dims[1:]:
+            return result.fail("not a bias for each column")
         if q.shape is None or axis not in (-1, len(q.shape) - 1) or weight.shape.numpy()[1] % 3:
             return result.fail("not cut in three along the last axis")
         return result
