@@ -150,3 +150,25 @@ def test_the_commands_of_the_readme_run(tiny_artifact, video, monkeypatch):
     manifest = json.loads((video.parent / "InternVL3-1B-cpu/manifest.json").read_text())
     assert manifest["model"]["max_frames"] == 64
     assert done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_the_way_to_a_jetson_runs_up_to_the_jetson(tiny_artifact, tmp_path, monkeypatch):
+    commands = re.findall(r"^    (python export/.*|.venv/bin/liteframe .*)$", section(README, "To a Jetson"), re.M)
+    assert len(commands) == 3
+    shutil.copytree(tiny_artifact, tmp_path / "InternVL3-1B")
+    (tmp_path / "export").symlink_to(ROOT / "export")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    results = [
+        subprocess.run(
+            command.replace(".venv/bin/liteframe", "liteframe"),
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        for command in commands
+    ]
+    assert [done.returncode for done in results] == [0, 2, 0], results
+    assert "tensorrt is not installed here; on a Jetson it comes with JetPack" in results[1].stderr
+    assert "bundle without engines" in results[2].stdout
