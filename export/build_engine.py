@@ -284,7 +284,7 @@ def _write_text(artifact: Artifact, folder: Path) -> package.Text:
     text, prompt = artifact.text, artifact.prompt
     table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
     np.save(folder / "embeddings.npy", table, allow_pickle=False)
-    text.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    (folder / "tokenizer.json").write_text(text.tokenizer.to_str(), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8")
 
     def file(name: str) -> File:

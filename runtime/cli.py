@@ -4,11 +4,13 @@ with only the runtime and the engines installed has those of its own, and learns
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -28,23 +30,47 @@ SUMMARY = {
 def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command and turns what goes wrong into one message and an exit code: 1 a gate failed, 2 bad input."""
     warnings.showwarning = lambda message, *_: print(f"liteframe: warning: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
     try:
-        return command(arguments)
+        code = command(arguments)
+        print(end="", flush=True)  # what can't be written comes up here, not when the interpreter exits
+        return code
     except GateError as error:
         return _fail(str(error), 1)
     except InputError as error:
         return _fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as error:
+        if _led_to(BrokenPipeError, error):  # how a rich console reports it
+            return 0
+        raise
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+        what = f"{error.filename or 'the output'}: {error.strerror or error}"
+        return _fail(f"{what}; check that it is there, permitted and not on a full disk, and run again", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Exception as error:
+        if _led_to(KeyboardInterrupt, error):  # torch's exporter wraps it
+            return _fail("interrupted", 130)
+        raise
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:  # nor would the interpreter's own attempt, at exit, succeed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _led_to(kind: type[BaseException], error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"liteframe: {message}", file=sys.stderr)
+    with suppress(OSError):  # the exit code still tells
+        print(f"liteframe: {message}", file=sys.stderr)
     return code
 
 
@@ -59,13 +85,17 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"liteframe {version('liteframe')}")
     parser.add_argument("command", choices=SUMMARY, metavar="COMMAND")
     options = parser.parse_args(sys.argv[1:2])
-    (entry,) = entry_points(group="liteframe.commands", name=options.command)
+    return guard(lambda arguments: _load(options.command)(arguments), sys.argv[2:])
+
+
+def _load(name: str) -> Callable[[list[str]], int]:
+    (entry,) = entry_points(group="liteframe.commands", name=name)
     try:
-        command = entry.load()
+        command: Callable[[list[str]], int] = entry.load()
     except ModuleNotFoundError as error:
-        needed = "export" if options.command == "build" else "cpu"
-        return _fail(f"{options.command} needs the module {error.name}; run: pip install 'liteframe[{needed}]'", 2)
-    return guard(command, sys.argv[2:])
+        needed = "export" if name == "build" else "cpu"
+        raise InputError(f"{name} needs the module {error.name}; run: pip install 'liteframe[{needed}]'") from None
+    return command
 
 
 def run(arguments: list[str]) -> int:
@@ -84,6 +114,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
+    if not options.video and (options.frames, options.fps) != (None, None):
+        raise InputError("--frames and --fps are for a video, and none was given; leave them out or name one")
     from .session import VideoSession
 
     session = VideoSession(options.package)

@@ -12,9 +12,10 @@ from itertools import islice
 
 import cv2
 import numpy as np
-from liteframe.engines.package import InputError
-from liteframe.runtime.video import Image, VideoSource
 from numpy.typing import NDArray
+
+from ..engines.package import InputError
+from .video import Image, VideoSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,11 @@ from ..engines.targets import TARGETS
 
 class Encoder(Protocol):
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D)."""
+        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D).
+
+        Raises:
+            InputError: another type or shape, or no clips.
+        """
         ...
 
 
@@ -32,12 +36,16 @@ class Decoder(Protocol):
         """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.
 
         Raises:
-            InputError: they do not fit the cache.
+            InputError: they do not fit the cache, have another width, or are none.
         """
         ...
 
     def rewind(self, position: int) -> None:
-        """Forgets everything from `position` on."""
+        """Forgets everything from `position` on.
+
+        Raises:
+            InputError: the cache does not reach that far.
+        """
         ...
 
 
@@ -48,7 +56,8 @@ def open_engines(package: Package, threads: int | None = None) -> tuple[Encoder,
         threads: CPU threads for each; None leaves it to the executor.
 
     Raises:
-        InputError: the package is a bundle, its target can't run here, or it was made for another version.
+        InputError: the package is a bundle, its target can't run here, what runs it is not installed, or it was made
+            for another version.
     """
     target = TARGETS[package.manifest.target]
     encoder, decoder = package.engine("encoder"), package.engine("decoder")
@@ -57,8 +66,13 @@ def open_engines(package: Package, threads: int | None = None) -> tuple[Encoder,
             f"{package.folder}: holds TensorRT engines for {target.name}; this version of liteframe runs packages "
             "built for cpu and cuda. Open the engines with trtexec or polygraphy, or build with --target cpu"
         )
-    from .ort_engine import OrtDecoder, OrtEncoder, check_version
-
+    try:
+        from .ort_engine import OrtDecoder, OrtEncoder, check_version
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{package.folder}: built for {target.name}, which needs the module {error.name}; "
+            f"run: pip install 'liteframe[{target.name}]'"
+        ) from None
     check_version(package, encoder)
     return OrtEncoder(package.path(encoder.files[0]), target.provider, threads), OrtDecoder(
         package.path(decoder.files[0]), target.provider, package.manifest.model.capacity, threads

@@ -52,9 +52,19 @@ def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSes
 class OrtEncoder:
     def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
         self._session = _session(path, provider, threads)
+        self._shape = self._session.get_inputs()[0].shape[1:]
 
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D)."""
+        """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D).
+
+        Raises:
+            InputError: another type or shape, or no clips.
+        """
+        if frames.dtype != np.uint8 or list(frames.shape[1:]) != self._shape or not len(frames):
+            raise InputError(
+                f"the encoder was given {frames.dtype} {frames.shape}, expected uint8 (clips, "
+                f"{', '.join(map(str, self._shape))}) with at least one clip"
+            )
         (tokens,) = self._session.run(["visual_tokens"], {"frames": frames})
         return tokens
 
@@ -92,8 +102,13 @@ class OrtDecoder:
         """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.
 
         Raises:
-            InputError: they do not fit the cache.
+            InputError: they do not fit the cache, have another width, or are none.
         """
+        if embeddings.ndim != 2 or embeddings.shape[1] != self._width or not len(embeddings):
+            raise InputError(
+                f"the decoder was given embeddings of shape {embeddings.shape}, expected (positions, {self._width}) "
+                "with at least one position"
+            )
         end = self.position + len(embeddings)
         if end > self.capacity:
             raise InputError(
@@ -130,7 +145,13 @@ class OrtDecoder:
             self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
 
     def rewind(self, position: int) -> None:
-        """Forgets everything from `position` on."""
+        """Forgets everything from `position` on.
+
+        Raises:
+            InputError: the cache does not reach that far.
+        """
+        if not 0 <= position <= self.position:
+            raise InputError(f"cannot rewind the KV cache to {position}, it holds {self.position} positions")
         self.position = position
         if not self._in_place:
             for name, buffer in self._buffers.items():

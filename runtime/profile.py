@@ -31,8 +31,11 @@ def measure(session: VideoSession, frames: list[int], iterations: int, warmup: i
     """
     model = session.model
     random = np.random.default_rng(0)
+    for count in frames:
+        session.check_frames(count)
     rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for count in frames:
             video = random.integers(0, 256, (count, *model.image_size, 3), dtype=np.uint8)
             task = progress.add_task(f"{count} frames", total=warmup + iterations)
@@ -68,7 +71,10 @@ def print_table(rows: list[dict[str, Any]], iterations: int, warmup: int) -> Non
 
 
 def _counts(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 64,128,256") from None
 
 
 def main(arguments: list[str]) -> int:

@@ -4,7 +4,7 @@
     ask:   chat text around the visual tokens -> decoder engine, in chunks, into the KV cache -> token by token -> text
 
 The video's part of the prompt stays in the cache, so a further question costs only its own tokens. Each question
-is a conversation of its own.
+is a conversation of its own, and there is one cache: a new `watch` or `ask` ends the answer before it.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ class VideoSession:
         self._tokens: list[NDArray[np.float32]] = []
         self._prefix: tuple[int, ...] = ()
         self._prefilled = 0
+        self._turn = 0
         self.stats = Stats()
 
     def watch(
         self, source: str | Path | int | NDArray[np.uint8], frames: int | None = None, fps: float | None = None
     ) -> None:
-        """Reads and encodes a video, which replaces the one before.
+        """Reads and encodes a video, which replaces the one before once it is read; on an error that one stays.
 
         Args:
             source: a video file, a folder of images, a camera's number, or frames uint8 (frames, H, W, 3), RGB.
@@ -82,22 +83,23 @@ class VideoSession:
             InputError: nothing can be read from the source, or `frames` is not what the package can take.
         """
         wanted = self.model.max_frames if frames is None else frames
-        self._check_frames(wanted)
-        self._tokens, self._prefilled, self._prefix = [], 0, ()
-        self._decoder.rewind(0)
+        self.check_frames(wanted)
+        tokens: list[NDArray[np.float32]] = []
         stats = Stats()
         batch: list[NDArray[np.uint8]] = []
         with open_video(source, fps) as video:
             for clip in read_clips(video, wanted, self.model.clip_length, self.model.image_size):
                 batch.append(clip.frames)
                 if len(batch) == self.model.max_clips:
-                    self._encode(batch, stats)
+                    tokens.extend(self._encode(batch, stats))
                     batch = []
         if batch:
-            self._encode(batch, stats)
-        self.stats = stats
+            tokens.extend(self._encode(batch, stats))
+        self._tokens, self._prefilled, self.stats = tokens, 0, stats
+        self._turn += 1
 
-    def _check_frames(self, frames: int) -> None:
+    def check_frames(self, frames: int) -> None:
+        """Raises InputError when the package can't take so many frames: not in whole clips, or too many."""
         clip = self.model.clip_length
         if frames < clip or frames % clip:
             raise InputError(f"{frames} frames, expected a multiple of {clip}, the frames of a clip")
@@ -107,22 +109,26 @@ class VideoSession:
                 f"build with --frames {frames}"
             )
 
-    def _encode(self, batch: list[NDArray[np.uint8]], stats: Stats) -> None:
+    def _encode(self, batch: list[NDArray[np.uint8]], stats: Stats) -> NDArray[np.float32]:
         clips = np.stack(batch)
         start = time.perf_counter()
-        self._tokens.extend(self._encoder.encode(clips))
+        tokens = self._encoder.encode(clips)
         stats.vision_ms += (time.perf_counter() - start) * 1e3
         stats.clips += len(batch)
         stats.frames += len(batch) * self.model.clip_length
         stats.visual_tokens = stats.clips * self.model.tokens_per_clip
+        return tokens
 
     def ask(
         self, question: str, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[str]:
         """Answers about the video, or, when none was watched, about the question alone; text comes as generated.
 
+        Nothing is computed before the first piece is asked for. The answer may be given up at any time.
+
         Raises:
-            InputError: an empty question, one that does not fit the cache, or sampling values out of range.
+            InputError: at the call: an empty question, one with a control token, one that does not fit the cache, or
+                sampling values out of range; while answering: another `watch` or `ask` came in between.
         """
         if not question.strip():
             raise InputError("the question is empty")
@@ -139,7 +145,15 @@ class VideoSession:
                 f"video and question take {needed} positions, the KV cache holds {self._decoder.capacity}; "
                 "use fewer frames or a shorter question, or build with more --frames"
             )
-        return self._text.stream(self._answer(tuple(before), prompt, after, max_new_tokens, sampler))
+        self._turn += 1
+        return self._text.stream(self._answer(self._turn, tuple(before), prompt, after, max_new_tokens, sampler))
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InputError(
+                "this answer ended when the session was given another video or question; read it to its end first, or "
+                "ask again"
+            )
 
     def _prompt(self, before: list[int]) -> list[NDArray[np.float32]]:
         """Embeddings of everything up to the question: chat prefix, then each unit between its own text."""
@@ -156,14 +170,17 @@ class VideoSession:
 
     def _answer(
         self,
+        turn: int,
         before: tuple[int, ...],
         prompt: list[NDArray[np.float32]],
         after: list[int],
         max_new_tokens: int,
         sampler: Sampler,
     ) -> Iterator[int]:
+        self._check_turn(turn)
         start = time.perf_counter()
         if before != self._prefix or not self._prefilled:
+            self._prefilled = 0  # holds if the prefill is interrupted
             self._decoder.rewind(0)
             if prompt:
                 self._prefill(np.concatenate(prompt))
@@ -182,6 +199,7 @@ class VideoSession:
             stats.new_tokens += 1
             stats.decode_ms = (time.perf_counter() - start) * 1e3
             yield token
+            self._check_turn(turn)
             if stats.new_tokens == max_new_tokens:
                 stats.finished = "length"
             elif self._decoder.position == self._decoder.capacity:

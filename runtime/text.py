@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 import numpy as np
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -16,6 +20,20 @@ from tokenizers.decoders import DecodeStream
 from ..engines.package import InputError, Package
 
 _VIDEO = "\u2063liteframe-video\u2063"  # invisible separators: no question holds this by accident
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates mark what a model is trained on, renders as what it holds."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # unlike jinja's, escapes nothing for HTML
 
 
 class ChatText:
@@ -33,7 +51,11 @@ class ChatText:
         self._control = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         self._unit_prefix, self._unit_suffix = text.unit_prefix, text.unit_suffix
         self.end_of_turn = frozenset(text.end_of_turn)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # as transformers renders chat templates
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
+        environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.datetime.now().strftime(f))
         path = package.path(text.chat_template)
         try:
@@ -63,16 +85,25 @@ class ChatText:
         return self._encode(prefix), self._encode(self._unit_suffix)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
-        """Text as it becomes complete: a character of several tokens waits for the last of them."""
+        """Text as it becomes complete: a character of several tokens waits for the last of them, or for the end."""
         decoder = DecodeStream(skip_special_tokens=True)
+        waiting = []
         for token in ids:
+            waiting.append(token)
             if piece := decoder.step(self._tokenizer, token):
+                waiting.clear()
                 yield piece
+        if rest := self._tokenizer.decode(waiting):
+            yield rest
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _checked(self, question: str) -> str:
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the question {question!a} is not valid Unicode; give it in UTF-8") from None
         for token in self._control:
             if token in question:
                 raise InputError(
@@ -83,8 +114,10 @@ class ChatText:
     def _render(self, content: str) -> str:
         messages = [{"role": "user", "content": content}]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError) as error:
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special
+            )
+        except Exception as error:  # a template may raise anything
             raise InputError(f"the chat template failed: {error}") from None
 
 
@@ -96,14 +129,16 @@ class Sampler:
     """Greedy at temperature 0; otherwise temperature, then nucleus (top-p) sampling, seeded (Holtzman et al. 2020).
 
     Raises:
-        InputError: temperature below 0, or top_p outside (0, 1].
+        InputError: temperature below 0 or infinite, top_p outside (0, 1], or seed below 0.
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0):
-        if not temperature >= 0:
-            raise InputError(f"temperature is {temperature}, expected 0 (greedy) or more")
+        if not 0 <= temperature < math.inf:
+            raise InputError(f"temperature is {temperature}, expected 0 (greedy) or a positive number")
         if not 0 < top_p <= 1:
             raise InputError(f"top_p is {top_p}, expected more than 0 and at most 1")
+        if seed < 0:
+            raise InputError(f"seed is {seed}, expected 0 or more")
         self._temperature, self._top_p = temperature, top_p
         self._random = np.random.default_rng(seed)
 

@@ -19,8 +19,9 @@ from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
-from liteframe.engines.package import InputError
 from numpy.typing import NDArray
+
+from ..engines.package import InputError
 
 # A bad file is reported once, by us. FFmpeg's level is read when the first video is opened: -8 is its "quiet".
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
