@@ -143,7 +143,9 @@ class Sampler:
         self._random = np.random.default_rng(seed)
 
     def pick(self, logits: NDArray[np.float32]) -> int:
-        """One token id from logits (vocabulary,)."""
+        """One token id from logits (vocabulary,). Raises InputError when they are not numbers."""
+        if not np.isfinite(logits.max()):
+            raise InputError("the decoder engine computed logits that are not numbers; build the package again")
         if self._temperature == 0:
             return int(logits.argmax())
         probabilities = np.exp((logits.astype(np.float64) - logits.max()) / self._temperature)

@@ -333,3 +333,12 @@ def test_logits_stay_as_they_are():
 def test_values_out_of_range_are_refused(values, named):
     with pytest.raises(InputError, match=f"{re.escape(named)}, expected"):
         Sampler(**values)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_numbers_are_no_answer(temperature, value):
+    logits = np.zeros(5, np.float32)
+    logits[3] = value
+    with pytest.raises(InputError, match="not numbers"):
+        Sampler(temperature).pick(logits)
