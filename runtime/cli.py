@@ -116,11 +116,19 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.video and (options.frames, options.fps) != (None, None):
         raise InputError("--frames and --fps are for a video, and none was given; leave them out or name one")
+    from rich.console import Console
+    from rich.progress import Progress
+
     from .session import VideoSession
 
     session = VideoSession(options.package)
     if options.video:
-        session.watch(options.video, options.frames, options.fps)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(f"watching {options.video}", total=options.frames or session.model.max_frames)
+            session.watch(
+                options.video, options.frames, options.fps, lambda encoded: bar.update(task, completed=encoded)
+            )
         if notice := session.package.manifest.text.notice:
             print(f"note: {notice}", file=sys.stderr)
     pieces = []

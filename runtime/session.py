@@ -10,7 +10,7 @@ is a conversation of its own, and there is one cache: a new `watch` or `ask` end
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,11 @@ class VideoSession:
         self.stats = Stats()
 
     def watch(
-        self, source: str | Path | int | NDArray[np.uint8], frames: int | None = None, fps: float | None = None
+        self,
+        source: str | Path | int | NDArray[np.uint8],
+        frames: int | None = None,
+        fps: float | None = None,
+        progress: Callable[[int], object] = lambda encoded: None,
     ) -> None:
         """Reads and encodes a video, which replaces the one before once it is read; on an error that one stays.
 
@@ -78,6 +82,7 @@ class VideoSession:
             source: a video file, a folder of images, a camera's number, or frames uint8 (frames, H, W, 3), RGB.
             frames: how many to sample, in whole clips; by default what the package was built for.
             fps: rate of the images of a folder or array; by default 1.
+            progress: called with the number of frames encoded so far, after each call of the encoder.
 
         Raises:
             InputError: nothing can be read from the source, or `frames` is not what the package can take.
@@ -92,9 +97,11 @@ class VideoSession:
                 batch.append(clip.frames)
                 if len(batch) == self.model.max_clips:
                     tokens.extend(self._encode(batch, stats))
+                    progress(stats.frames)
                     batch = []
         if batch:
             tokens.extend(self._encode(batch, stats))
+            progress(stats.frames)
         self._tokens, self._prefilled, self.stats = tokens, 0, stats
         self._turn += 1
 

@@ -429,6 +429,12 @@ def test_a_video_is_sampled_down_to_what_is_wanted(session, reference):
     assert answer(session) == reference.answer(QUESTION, sampled)
 
 
+def test_progress_is_told_in_frames(session):
+    told = []
+    session.watch(video(1, frames=16), progress=told.append)
+    assert told == [4, 8, 12, 16]
+
+
 def test_as_many_frames_as_the_package_takes_by_default(session):
     session.watch(video(4, 100))
     assert_equal_stats(session.stats, frames=16, clips=4)
