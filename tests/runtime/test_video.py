@@ -1,7 +1,6 @@
 """Frames from files, folders, arrays and cameras. A frame shows its index: 8 bars, the bits of it."""
 
 import struct
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -376,9 +375,7 @@ def test_a_camera_without_a_proper_number_is_an_error(source: int | str) -> None
         open_video(source)
 
 
-def test_an_absent_camera_is_refused_quickly_and_without_chatter(capfd: pytest.CaptureFixture[str]) -> None:
-    start = time.perf_counter()
+def test_an_absent_camera_is_refused_without_chatter(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="can't be opened"):
         open_video(99)
-    assert time.perf_counter() - start < 5
     assert capfd.readouterr() == ("", "")
