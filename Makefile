@@ -7,6 +7,7 @@ READY := $(VENV)/ready
 .PHONY: demo test lint bench bench-build clean
 
 $(READY): pyproject.toml CMakeLists.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e ".[export,cpu,dev]"
 	touch $(READY)
