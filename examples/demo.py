@@ -9,17 +9,18 @@ import shutil
 import sys
 from pathlib import Path
 
-from assets import AssetError, fetch
+from assets import fetch
 from clip_smollm2 import assemble
-from liteframe.engines.package import InputError
 from liteframe.export.build_engine import build, print_report
+from liteframe.runtime.cli import guard
 from liteframe.runtime.profile import measure, print_table
 from liteframe.runtime.session import VideoSession
 
 FRAMES = 64
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0])
     video = fetch("bikes")
     shutil.rmtree(folder, ignore_errors=True)
     artifact = folder / "clip-smollm2"
@@ -39,10 +40,8 @@ def main(folder: Path) -> None:
     print(f"\nnote: {session.package.manifest.text.notice}\n")
     iterations, warmup = 5, 1
     print_table(measure(session, [8, 16, 32], iterations, warmup), iterations, warmup)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]))
-    except (AssetError, InputError) as error:
-        sys.exit(f"demo: {error}")
+    sys.exit(guard(main, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Engine packages: what is written is read back; anything else is refused by name, before it is loaded."""
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -523,6 +524,22 @@ def test_a_manifest_is_written_whole_or_not_at_all(folder, monkeypatch, method, 
             write(folder, msgspec.structs.replace(before, target="rtx"))
     assert open_package(folder).manifest == before
     assert names(folder) == there
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_while_writing_names_the_output(tmp_path, number):
+    output = tmp_path / "output"
+    with pytest.raises(InputError) as caught, new_folder(output) as folder:
+        (folder / "half").write_bytes(b"written")
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value).startswith(f"{output}: cannot be written ({os.strerror(number)}); nothing of it was kept")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_failing_file_keeps_its_own_error(tmp_path):
+    with pytest.raises(PermissionError), new_folder(tmp_path / "output"):
+        raise PermissionError(errno.EACCES, "Permission denied", "elsewhere")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_new_folder_appears_when_it_is_done(tmp_path):
