@@ -13,8 +13,8 @@ from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, Rewri
 
 class _ThreeProducts(RewriteRuleClassBase):
     def pattern(self, op, x, weight, bias):
-        product = op.Add(op.MatMul(x, weight), bias)
-        return op.Split(product, num_outputs=3, _allow_other_attributes=True, _outputs=["q", "k", "v"])
+        product = op.MatMul(x, weight, _outputs=["product"])
+        return op.Split(op.Add(product, bias), num_outputs=3, _allow_other_attributes=True, _outputs=["q", "k", "v"])
 
     def check(self, op, weight: ir.Value, bias: ir.Value, q: ir.Value, **_) -> MatchResult:
         result, split = MatchResult(), q.producer()
@@ -27,20 +27,24 @@ class _ThreeProducts(RewriteRuleClassBase):
             return result.fail("not cut in three along the last axis")
         return result
 
-    def rewrite(self, op, x: ir.Value, weight: ir.Value, bias: ir.Value, **_):
+    def rewrite(self, op, x: ir.Value, weight: ir.Value, bias: ir.Value, product: ir.Value, **_):
         third = weight.shape.numpy()[1] // 3  # type: ignore[union-attr]
 
         def part(value: ir.Value, axis: int, number: int) -> ir.Value:
             bounds = [number * third], [(number + 1) * third], [axis]
             return op.Slice(value, *(op.Constant(value_ints=bound) for bound in bounds))  # of constants: it is folded
 
-        return tuple(op.Add(op.MatMul(x, part(weight, 1, i)), part(bias, 0, i)) for i in range(3))
+        return tuple(
+            op.Add(_named(op.MatMul(x, part(weight, 1, i)), product, f"MatMul_{'qkv'[i]}"), part(bias, 0, i))
+            for i in range(3)
+        )
 
 
 class _MultiHeadAttention(RewriteRuleClassBase):
     def pattern(self, op, q, k, v, apart, together):
         q, k, v = (op.Transpose(op.Reshape(x, apart), perm=[0, 2, 1, 3]) for x in (q, k, v))
-        attended = op.Attention(q, k, v, _allow_other_attributes=False)  # no scale, no mask, not causal
+        # no scale, no mask, not causal
+        attended = op.Attention(q, k, v, _allow_other_attributes=False, _outputs=["attended"])
         return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), together)
 
     def check(self, op, apart: ir.Value, together: ir.Value, **_) -> MatchResult:
@@ -49,9 +53,17 @@ class _MultiHeadAttention(RewriteRuleClassBase):
             return MatchResult().fail("heads are not cut out of one axis")
         return MatchResult()
 
-    def rewrite(self, op, q, k, v, apart: ir.Value, **_):
+    def rewrite(self, op, q, k, v, apart: ir.Value, attended: ir.Value, **_):
         heads = int(apart.const_value.numpy()[2])  # type: ignore[union-attr]
-        return op.MultiHeadAttention(q, k, v, num_heads=heads, _domain="com.microsoft", _version=1)
+        fused = op.MultiHeadAttention(q, k, v, num_heads=heads, _domain="com.microsoft", _version=1)
+        return _named(fused, attended, "MultiHeadAttention")
+
+
+def _named(value: ir.Value, replaced: ir.Value, operator: str) -> ir.Value:
+    """Names the node behind `value` after the module whose node it replaces."""
+    module = str(replaced.producer().name).rpartition("/")[0]  # type: ignore[union-attr]
+    value.producer().name = f"{module}/{operator}"  # type: ignore[union-attr]
+    return value
 
 
 def rewrite_for_cpu(model: ir.Model) -> int:

@@ -48,6 +48,10 @@ def test_every_attention_becomes_multi_head_attention_and_the_tokens_stay(tmp_pa
     assert found["MultiHeadAttention"] == LAYERS
     assert not found["Attention"]
     assert found["Split"] == (0 if cut else LAYERS)
+    names = {node.name for node in ir.load(compiled).graph}
+    for layer in range(LAYERS):
+        assert f"backbone.blocks.{layer}.attn/MultiHeadAttention" in names
+        assert all((f"backbone.blocks.{layer}.attn.qkv/MatMul_{part}" in names) == cut for part in "qkv")
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 56, 28, 3), dtype=np.uint8)
     (tokens,) = ort.InferenceSession(compiled).run(None, {"frames": frames})
     with torch.no_grad():
