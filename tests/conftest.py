@@ -4,8 +4,13 @@ import sys
 
 import msgspec
 import pytest
+from hypothesis import settings
 
 os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when a test module first imports polygraphy
+
+# the same examples in every run; `pytest --hypothesis-profile=default` looks for new ones
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

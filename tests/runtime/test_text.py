@@ -299,9 +299,9 @@ def test_the_distribution_drawn_from_is_the_nucleus(logits, temperature, top_p):
 def test_temperature_zero_and_a_tiny_nucleus_are_greedy(logits, top_p, seed):
     best = int(np.argmax(logits))
     assert Sampler(0, top_p, seed).pick(np.array(logits, np.float32)) == best
-    assert Sampler(1, 1e-9, seed).pick(np.array(logits, np.float32)) == best
-    token = Sampler(1e-300, 1.0, seed).pick(np.array(logits, np.float32))
-    assert logits[token] == logits[best]
+    for temperature, top_p in ((1, 1e-9), (1e-300, 1.0)):
+        token = Sampler(temperature, top_p, seed).pick(np.array(logits, np.float32))
+        assert logits[best] - logits[token] < 1e-12  # closer ones may be equally likely in double precision
 
 
 def test_a_seed_gives_the_same_tokens_and_another_seed_others():
