@@ -18,6 +18,7 @@ from liteframe.export.build_engine import build
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.reducers import WINDOWS
 from liteframe.export.models.vit import ViTConfig
+from liteframe.runtime import VideoSession
 from safetensors.torch import load_file, save_file
 
 SCRIPT = Path(build_engine.__file__)
@@ -105,6 +106,8 @@ def test_every_tensorrt_target_gets_what_the_table_says(built, target):
     for graph in made.manifest.graphs:
         assert graph.parity["cosine"] >= 0.99999
     assert open_package(made.folder).manifest == made.manifest
+    with pytest.raises(InputError, match=f"TensorRT engines for {target}" if ahead else "liteframe compile"):
+        VideoSession(made)
 
 
 def test_the_cuda_package_is_for_its_provider_and_was_not_run(built):
@@ -133,13 +136,11 @@ def test_the_same_artifact_gives_the_same_bytes(built, tiny_artifact, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", [4, 8, 16])
-def test_the_ratio_sets_the_tokens_of_a_clip(framewise_artifact, tmp_path, ratio):
-    made = build(framewise_artifact, "cpu", tmp_path / "out", frames=8, reducer="wap", ratio=ratio)
+@pytest.mark.parametrize(("reducer", "ratio"), [("wap", 4), ("average", 8), ("wap", 16)])
+def test_the_ratio_sets_the_tokens_of_a_clip(framewise_artifact, tmp_path, reducer, ratio):
+    made = build(framewise_artifact, "cpu", tmp_path / "out", frames=8, reducer=reducer, ratio=ratio)
     assert made.manifest.model.tokens_per_clip * ratio == 4 * 8 * 8
     assert made.manifest.model.units_per_clip * WINDOWS[ratio][0] == 4
-    average = build(framewise_artifact, "cpu", tmp_path / "average", frames=8, reducer="average", ratio=ratio)
-    assert average.manifest.model == made.manifest.model
 
 
 # what is refused
