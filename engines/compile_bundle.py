@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from . import compile_tensorrt
+from . import compile_tensorrt, proof
 from .device import find_gpus
-from .package import Engine, GateError, InputError, Package, Precision, describe_file, open_package, write_manifest
+from .package import Engine, InputError, Package, describe_file, open_package, write_manifest
 from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
 
@@ -53,8 +53,7 @@ def compile_bundle(folder: Path) -> Package:
         for name in ("encoder", "decoder"):
             graph = bundle.graph(name, dialect)
             compiled = compile_tensorrt.compile_graph(bundle.path(graph.files[0]), graph.inputs, "tensorrt", [])
-            if set(compiled.found) != {"fp32"}:
-                raise GateError(f"{name}: asked for fp32, the compiled network computes tensors of {compiled.found}")
+            proof.check(name, graph.precision, compiled.proof)
             final = folder / f"{name}.engine"
             partial = folder / f".{name}.engine.{os.getpid()}"
             temporary.append((partial, final))
@@ -67,7 +66,7 @@ def compile_bundle(folder: Path) -> Package:
                     files=[msgspec.structs.replace(described, path=final.name)],
                     inputs=graph.inputs,
                     outputs=graph.outputs,
-                    precision=Precision(asked="fp32", found=compiled.found),
+                    precision=msgspec.structs.replace(graph.precision, found=compiled.proof.found),
                     compiler="tensorrt",
                     compiler_version=compiled.version,
                     capabilities=[gpus[0].capability],

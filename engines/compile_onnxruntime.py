@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 
-from .cpu_rewrites import rewrite_for_cpu
+from .cpu_rewrites import WIDENED, rewrite_for_cpu
 from .package import InputError
 
 SESSION_DATA = "session.optimized_model_external_initializers_file_name"
@@ -58,4 +58,31 @@ def compile_graph(graph: Path, output: Path, provider: str) -> list[Path]:
     finally:
         if source != graph:
             source.unlink(missing_ok=True)
+    if source != graph:
+        _store_half(output, data)
     return [output, *([data] if data.exists() else [])]
+
+
+def _store_half(engine: Path, data: Path) -> None:
+    """Weights that became FP32 for the lack of FP16 kernels are stored as the FP16 that they were, and widened when the
+    engine is loaded: half the file, the same numbers."""
+    model = ir.load(engine)
+    count = 0
+    for value in list(model.graph.initializers.values()):
+        name = str(value.name)
+        if value.dtype != ir.DataType.FLOAT or not name.endswith(WIDENED) or value.const_value is None:
+            continue
+        half = ir.Value(name=f"{name}_stored")
+        half.const_value = ir.tensor(value.const_value.numpy().astype("float16"), name=half.name)
+        half.dtype, half.shape = ir.DataType.FLOAT16, value.shape
+        widen = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_Cast")
+        widen.outputs[0].dtype, widen.outputs[0].shape = value.dtype, value.shape
+        value.replace_all_uses_with(widen.outputs[0])
+        model.graph.initializers.pop(name)
+        widen.outputs[0].name = name
+        model.graph.register_initializer(half)
+        model.graph.insert_before(model.graph[0], widen)
+        count += 1
+    if count:
+        ir.external_data.load_to_model(model)
+        ir.save(model, engine, external_data=data.name)

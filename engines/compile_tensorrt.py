@@ -1,6 +1,6 @@
 """ONNX graph -> TensorRT engine, through polygraphy: by TensorRT on its device, or ahead of time by TensorRT-RTX.
 
-    graph --parse (strongly typed)--> network --read back--> types found
+    graph --parse (strongly typed)--> network --read back--> proof of precision
                                               --build with one profile--> engine bytes
 
 TensorRT-RTX needs no GPU to build; TensorRT does. Which of the two polygraphy drives is decided when it is imported,
@@ -15,13 +15,13 @@ import importlib.util
 import io
 import os
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .package import InputError, TensorSpec
+from .proof import Proof, prove_network
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -30,10 +30,10 @@ _TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT4
 
 @dataclass(frozen=True)
 class Compiled:
-    """An engine's bytes, how many tensors of each type its network computes, and the compiler's version."""
+    """An engine's bytes, what its network computes, and the compiler's version."""
 
     engine: bytes
-    found: dict[str, int]
+    proof: Proof
     version: str
 
 
@@ -113,12 +113,12 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
                 )
             else:
                 config = CreateConfig(profiles=[profile])
-            found = _types_found(trt, network)
+            proof = prove_network(graph, _layer_types(trt, network))
             engine = EngineBytesFromNetwork((builder, network, parser), config=config)()
     except PolygraphyException as error:
         details = _errors(log.getvalue()) or " ".join(str(error).split())
         raise InputError(f"{graph}: {flavour} {trt.__version__} cannot compile it: {details}") from None
-    return Compiled(engine=bytes(engine), found=found, version=trt.__version__)
+    return Compiled(engine=bytes(engine), proof=proof, version=trt.__version__)
 
 
 def _errors(log: str) -> str:
@@ -138,9 +138,8 @@ def _let_attention_decompose(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _types_found(trt: Any, network: Any) -> dict[str, int]:
-    """How many floating-point and quantised tensors of each type the parsed network computes."""
-    found: Counter[str] = Counter()
+def _layer_types(trt: Any, network: Any) -> Iterator[tuple[str, str]]:
+    """For each output of each layer of a parsed network that holds numbers: ONNX node, type."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.CONSTANT:
@@ -148,5 +147,12 @@ def _types_found(trt: Any, network: Any) -> dict[str, int]:
         for output in range(layer.num_outputs):
             name = _TYPES.get(layer.get_output_type(output).name)
             if name:
-                found[name] += 1
-    return dict(sorted(found.items()))
+                yield _onnx_node(layer.metadata), name
+
+
+def _onnx_node(metadata: str) -> str:
+    """The node of the main graph in `[ONNX Layer: inner node | node (Function)]`; "" for layers of the parser's own."""
+    if not metadata.startswith("[ONNX Layer: "):
+        return ""
+    outermost = metadata.removeprefix("[ONNX Layer: ").removesuffix("]").split(" | ")[-1]
+    return outermost.rpartition(" (")[0] if outermost.endswith(")") else outermost

@@ -1,14 +1,26 @@
-"""Rewrites of a graph into what ONNX Runtime's CPU provider does best. Its own optimiser knows neither.
+"""Rewrites of a graph into what ONNX Runtime's CPU provider does best. Its own optimiser does none of them.
 
+x DQ(W)                                      -> MatMulNBits of com.microsoft
+DQ(x) DQ(W) + bias                           -> MatMulIntegerToFloat of com.microsoft. Left to itself, the optimiser
+                                                makes a Gemm of product and bias, which then runs in FP32
 x W, cut in three                            -> three products: no copies
 heads apart, Attention, heads together again -> MultiHeadAttention of com.microsoft: blockwise (flash) attention
                                                 that never holds the scores of all pairs, and no transposes
+an operator on FP16                          -> the operator on FP32 between Casts. There are no FP16 kernels; left to
+                                                itself, ONNX Runtime drops the rounding between operators, too
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
+
+MICROSOFT = "com.microsoft"
+BLOCKS = (128, 64, 32, 16)  # along the inputs of MatMulNBits
+WIDENED = "_widened"  # ends the names of FP16 values in FP32
+INT8_ACCURACY = 4  # its `accuracy_level` that multiplies integers
 
 
 class _ThreeProducts(RewriteRuleClassBase):
@@ -55,7 +67,7 @@ class _MultiHeadAttention(RewriteRuleClassBase):
 
     def rewrite(self, op, q, k, v, apart: ir.Value, attended: ir.Value, **_):
         heads = int(apart.const_value.numpy()[2])  # type: ignore[union-attr]
-        fused = op.MultiHeadAttention(q, k, v, num_heads=heads, _domain="com.microsoft", _version=1)
+        fused = op.MultiHeadAttention(q, k, v, num_heads=heads, _domain=MICROSOFT, _version=1)
         return _named(fused, attended, "MultiHeadAttention")
 
 
@@ -66,10 +78,183 @@ def _named(value: ir.Value, replaced: ir.Value, operator: str) -> ir.Value:
     return value
 
 
+class _ThreeIntegerProducts(RewriteRuleClassBase):
+    def pattern(self, op, x, weight, x_scale, scale, x_zero, zero, bias):
+        product = op.MatMulIntegerToFloat(
+            x, weight, x_scale, scale, x_zero, zero, bias, _domain=MICROSOFT, _outputs=["product"]
+        )
+        return op.Split(product, num_outputs=3, _allow_other_attributes=True, _outputs=["q", "k", "v"])
+
+    def check(self, op, q: ir.Value, **_) -> MatchResult:
+        axis = q.producer().attributes.get_int("axis", 0)  # type: ignore[union-attr]
+        if q.shape is None or axis not in (-1, len(q.shape) - 1):
+            return MatchResult().fail("not cut in three along the last axis")
+        return MatchResult()
+
+    def rewrite(self, op, x, weight, x_scale, scale, x_zero, zero, bias, product: ir.Value, **_):
+        third = weight.shape.numpy()[1] // 3
+
+        def part(value: ir.Value, axis: int, number: int) -> ir.Value:
+            bounds = [number * third], [(number + 1) * third], [axis]
+            return op.Slice(value, *(op.Constant(value_ints=bound) for bound in bounds))
+
+        parts = []
+        for i in range(3):
+            columns = (part(value, axis, i) for value, axis in ((weight, 1), (scale, 0), (zero, 0), (bias, 0)))
+            w, s, z, b = columns
+            made = op.MatMulIntegerToFloat(x, w, x_scale, s, x_zero, z, b, _domain=MICROSOFT, _version=1)
+            parts.append(_named(made, product, f"MatMul_{'qkv'[i]}"))
+        return tuple(parts)
+
+
+def _use_integer_products(model: ir.Model) -> int:
+    """Products of a dequantised activation with dequantised weights, and the bias behind them, in one kernel."""
+    count = 0
+    for product in list(model.graph):
+        if product.op_type != "MatMul":
+            continue
+        x, weight = (value.producer() if value is not None else None for value in product.inputs)
+        if x is None or weight is None or not x.op_type == weight.op_type == "DequantizeLinear":
+            continue
+        if len(x.inputs) != 3 or len(weight.inputs) != 3 or weight.attributes.get_int("axis", 1) != 1:
+            continue
+        inputs = [x.inputs[0], weight.inputs[0], x.inputs[1], weight.inputs[1], x.inputs[2], weight.inputs[2]]
+        replaced = [product]
+        users = [user for user, _ in product.outputs[0].uses()]
+        if len(users) == 1 and users[0].op_type == "Add" and not product.outputs[0].is_graph_output():
+            bias = next((v for v in users[0].inputs if v is not None and v.is_initializer()), None)
+            if bias is not None and bias.shape is not None and len(bias.shape) == 1:
+                inputs.append(bias)
+                replaced.append(users[0])
+        made = ir.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=product.name)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, replaced[-1], replaced, [made], replaced[-1].outputs, made.outputs
+        )
+        count += 1
+    if count:
+        model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _use_block_products(model: ir.Model) -> int:
+    """Products of an activation with dequantised weights: MatMulNBits, which quantises each token's activation by
+    blocks as it runs."""
+    count = 0
+    for product in list(model.graph):
+        weight = product.inputs[1].producer() if product.op_type == "MatMul" and product.inputs[1] is not None else None
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        stored, scale = weight.inputs[:2]
+        if stored is None or scale is None or stored.const_value is None or scale.const_value is None:
+            continue
+        integers = stored.const_value.numpy().astype("int8")  # (K, N)
+        scales = scale.const_value.numpy().astype("float32")
+        bits = 4 if stored.dtype == ir.DataType.INT4 else 8
+        rows, columns = integers.shape
+        block = weight.attributes.get_int("block_size", 0) or next((b for b in BLOCKS if rows % b == 0), BLOCKS[-1])
+        count_of_blocks = -(-rows // block)
+        if scales.ndim == 1:  # a scale for each channel is one for each of its blocks
+            scales = np.broadcast_to(scales, (count_of_blocks, columns))
+        padded = np.pad(integers, ((0, count_of_blocks * block - rows), (0, 0)))
+        unsigned = (padded.T.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+        packed = unsigned.reshape(columns, count_of_blocks, block)
+        if bits == 4:
+            packed = (packed[..., ::2] | packed[..., 1::2] << 4).astype(np.uint8)
+        inputs = [
+            product.inputs[0],
+            _constant(model.graph, f"{product.name}:1_packed", packed),
+            _constant(model.graph, f"{product.name}:1_scales", np.ascontiguousarray(scales.T)),
+        ]
+        attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": INT8_ACCURACY}
+        made = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=product.name)
+        ir.convenience.replace_nodes_and_values(model.graph, product, [product], [made], product.outputs, made.outputs)
+        count += 1
+    if count:
+        model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    return count
+
+
+def _constant(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
 def rewrite_for_cpu(model: ir.Model) -> int:
-    """Applies both rewrites wherever they fit, and says how often; everything else stays as it is."""
+    """Applies all rewrites wherever they fit, and says how often; everything else stays as it is."""
     functions = dict(model.functions)
     model.functions.clear()  # their attribute references are more than the matcher takes
-    count = RewriteRuleSet([_ThreeProducts.rule(), _MultiHeadAttention.rule()]).apply_to_model(model)
+    count = _use_integer_products(model) + _use_block_products(model)
+    rules = [_ThreeProducts.rule(), _ThreeIntegerProducts.rule(), _MultiHeadAttention.rule()]
+    count += RewriteRuleSet(rules).apply_to_model(model)
     model.functions.update(functions)
+    return count + make_half_explicit(model)
+
+
+# they move values about without computing, in any type
+MOVES = frozenset(
+    """Cast Concat Expand Gather Identity Reshape Shape Slice Split Squeeze TensorScatter Transpose Unsqueeze
+    QuantizeLinear DequantizeLinear""".split()
+)
+
+
+def make_half_explicit(model: ir.Model) -> int:
+    """Every operator that computes in FP16 becomes one that computes in FP32, between Casts; returns how many.
+
+    Weights become FP32 with the same values. A result is thus rounded to FP16 once an operator, as on a GPU that
+    accumulates in FP32.
+    """
+    graph, half, full = model.graph, ir.DataType.FLOAT16, ir.DataType.FLOAT
+    widened: dict[ir.Value, ir.Value] = {}
+    count = 0
+    for node in list(graph):
+        for output in node.outputs:
+            if output.dtype is None:  # made by a rewrite
+                made_from = next((v.dtype for v in node.inputs if v is not None), None)
+                output.type = None if made_from is None else ir.TensorType(made_from)
+        if node.op_type in MOVES or not any(v is not None and v.dtype == half for v in (*node.inputs, *node.outputs)):
+            continue
+        count += 1
+        for position, value in enumerate(node.inputs):
+            if value is None or value.dtype != half:
+                continue
+            if value not in widened:
+                widened[value] = _widen(graph, value)
+            node.replace_input_with(position, widened[value])
+        for output in node.outputs:
+            if output.dtype != half:
+                continue
+            cast = ir.node("Cast", [output], {"to": int(half)}, name=f"{node.name}_round")
+            rounded = cast.outputs[0]
+            output.replace_all_uses_with(rounded, replace_graph_outputs=True)
+            cast.replace_input_with(0, output)
+            rounded.name, rounded.dtype, rounded.shape = output.name, half, output.shape
+            output.name, output.dtype = f"{output.name}_unrounded", full
+            graph.insert_after(node, cast)
+    if count:
+        for value in [v for v in graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+            del graph.initializers[str(value.name)]
     return count
+
+
+def _widen(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    name = f"{value.name}{WIDENED}"
+    if value.is_initializer():
+        assert value.const_value is not None
+        array = value.const_value.numpy().astype("float32")
+        wide = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        wide.dtype, wide.shape = ir.DataType.FLOAT, value.shape
+        graph.register_initializer(wide)
+        return wide
+    cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=name)
+    wide = cast.outputs[0]
+    wide.name, wide.dtype, wide.shape = name, ir.DataType.FLOAT, value.shape
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], cast)
+    else:
+        graph.insert_after(producer, cast)
+    return wide

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .package import Engine, Graph, Package, TensorSpec, open_package
+from .package import Engine, Graph, Kept, Package, TensorSpec, open_package
 
 
 def main(arguments: list[str]) -> int:
@@ -47,6 +48,8 @@ def _print(package: Package) -> None:
             capabilities = " ".join(part.capabilities) or "any"
             print(f"  {part.compiler} {part.compiler_version}, compute capability {capabilities}")
             print(f"  precision asked {part.precision.asked}, tensors found {found}")
+            for line in describe_kept(part.precision.kept):
+                print(f"  {line}")
         figures = ", ".join(f"{name} {value}" for name, value in (part.parity or {}).items())
         print(f"  against torch: {figures or 'not run, no device for it where it was compiled'}")
         table = Table("", "tensor", "type", "shape", "min", "opt", "max", box=None, padding=(0, 1))
@@ -58,7 +61,16 @@ def _print(package: Package) -> None:
                     sizes += [" ".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max)]
                 table.add_row(way, spec.name, spec.dtype, *sizes)
         console.print(table)
+    for line in manifest.allowed_drift:
+        print(f"\ndrift allowed: {line}")
     print("\nall files are there and match their hashes")
+
+
+def describe_kept(kept: list[Kept]) -> list[str]:
+    """Exceptions from the precision asked for: rules with how many nodes they hold, then measured ones by name."""
+    rules = Counter((entry.type, entry.reason) for entry in kept if ":" not in entry.reason)
+    lines = [f"kept in {kind} by rule {reason}: {count} nodes" for (kind, reason), count in sorted(rules.items())]
+    return lines + [f"kept in {entry.type}: {entry.node} ({entry.reason})" for entry in kept if ":" in entry.reason]
 
 
 def _without_repeats(specs: list[TensorSpec]) -> list[TensorSpec]:

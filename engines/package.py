@@ -23,7 +23,7 @@ from typing import Literal
 
 import msgspec
 
-from .targets import TARGETS, Compiler, Dialect
+from .targets import TARGETS, Asked, Compiler, Dialect
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -66,6 +66,22 @@ class TensorSpec(_Strict, frozen=True):
     profile: Profile | None
 
 
+class Kept(_Strict, frozen=True):
+    """A node that was left in a higher precision than the one asked for, and why."""
+
+    node: str
+    type: str
+    reason: str
+
+
+class Precision(_Strict, frozen=True):
+    """What was asked for, how many tensors of each type the network has, and which nodes are exceptions."""
+
+    asked: Asked
+    found: dict[str, int]
+    kept: list[Kept]
+
+
 class Graph(_Strict, frozen=True):
     """An ONNX graph. `files`: the graph, then the weights beside it. `parity`: figures against the torch module."""
 
@@ -75,14 +91,8 @@ class Graph(_Strict, frozen=True):
     files: list[File]
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
+    precision: Precision
     parity: dict[str, float]
-
-
-class Precision(_Strict, frozen=True):
-    """What was asked for, and how many tensors of each type the compiled network has."""
-
-    asked: Literal["fp32"]
-    found: dict[str, int]
 
 
 class Engine(_Strict, frozen=True):
@@ -148,7 +158,12 @@ class Origin(_Strict, frozen=True):
 
 
 class Manifest(_Strict, frozen=True):
-    """`sha256` is that of the manifest itself with this field left empty."""
+    """
+    Attributes:
+        commands: polygraphy's command lines and their inputs.
+        allowed_drift: gates that failed and were overridden.
+        sha256: of the manifest itself with this field left empty.
+    """
 
     format: Literal[1]
     target: str
@@ -157,12 +172,15 @@ class Manifest(_Strict, frozen=True):
     text: Text
     graphs: list[Graph]
     engines: list[Engine]
+    commands: list[File]
+    allowed_drift: list[str]
     sha256: str
 
     def files(self) -> Iterator[File]:
         parts: list[Graph | Engine] = [*self.graphs, *self.engines]
         for part in parts:
             yield from part.files
+        yield from self.commands
         yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
 
 

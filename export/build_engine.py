@@ -1,6 +1,6 @@
-"""Artifact in, engine package out: load, trace, verify, compile, verify again, package.
+"""Artifact in, engine package out: load, trace, place precision, verify, compile, verify again, package.
 
-python export/build_engine.py ARTIFACT --target cpu
+python export/build_engine.py ARTIFACT --target cpu [--precision int8 --calib VIDEOS]
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 if __package__ in (None, ""):  # run as a script: this folder's modules must not shadow the standard library's
     sys.path.pop(0)
@@ -25,23 +25,42 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..engines import compile_onnxruntime, compile_tensorrt, package
-from ..engines.package import Engine, File, GateError, Graph, InputError, Manifest, Precision, Profile, TensorSpec
-from ..engines.targets import PLAIN_OPERATORS, PLAIN_OPSET, TARGETS, Dialect, Target
+from ..calib.ranges import METHODS
+from ..engines import compile_onnxruntime, compile_tensorrt, package, proof
+from ..engines.package import (
+    Engine,
+    File,
+    GateError,
+    Graph,
+    InputError,
+    Kept,
+    Manifest,
+    Precision,
+    Profile,
+    TensorSpec,
+)
+from ..engines.targets import PLAIN_OPERATORS, PLAIN_OPSET, PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
 from ..runtime.cli import guard
 from .artifact import Artifact, load_artifact
 from .models.reducers import REDUCERS, WINDOWS
+from .polygraphy_commands import write_commands
+from .precision import GraphName, Lowering, embedding_table, prepare
 from .trace import OPSETS, WeightsFile, trace_decoder, trace_encoder
-from .verify import Verifier
+from .verify import Verifier, sample_clips
 
 QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
 UNIT_TEXT_POSITIONS = 16  # prompt text around one unit, at most
 CHUNK = 512
-GRAPHS: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+QUESTION = "What happens in this video?"  # in polygraphy's inputs
+GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
 MAX_CLIPS = 16
+CPU = "CPUExecutionProvider"
 VERSIONS = ("liteframe", "torch", "onnx", "onnxscript", "onnxruntime")
 Progress = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
@@ -53,32 +72,52 @@ def build(
     frames: int = 64,
     reducer: str | None = None,
     ratio: int | None = None,
+    precision: Asked = "fp32",
+    decoder_precision: Asked | None = None,
+    calib: Sequence[Path] = (),
+    calib_cache: Path | None = None,
+    calib_method: str = "minmax",
+    allow_drift: bool = False,
 ) -> package.Package:
     """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle.
 
     Args:
         frames: the most frames of a video; with the text around them they size the KV cache.
         reducer, ratio: replace the reducer of an artifact with a frame-wise tower; see `load_artifact`.
+        precision: of linear layers; see calib/placement.py for what surrounds them.
+        decoder_precision: of the decoder's alone; None means `precision`.
+        calib, calib_cache, calib_method, allow_drift: see `precision.prepare`; for FP32 there is nothing to calibrate.
 
     Raises:
         InputError: bad artifact or arguments.
-        GateError: a graph or engine differs from its torch module by more than its gate allows.
+        GateError: a graph or engine differs from its torch module by more than its gate allows, or computes in another
+            precision than asked for.
     """
     target = TARGETS[target_name]
-    with package.new_folder(output) as folder:
+    asked: dict[GraphName, Asked] = {"encoder": precision, "decoder": decoder_precision or precision}
+    _check_arguments(target, asked, calib, calib_cache)
+    with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
         model = _describe_model(artifact, frames, target)
         with _step("run the torch modules"):
             verifier = Verifier(artifact.encoder, artifact.decoder)
-        graphs = _make_graphs(artifact, model, target, verifier, folder / "graphs")
-        engines = _make_engines(graphs, target, verifier, folder)
+        lowering = None
+        if set(asked.values()) != {"fp32"}:
+            lowering = prepare(
+                artifact, asked, target, list(calib), calib_cache, calib_method, allow_drift, Path(scratch), _step
+            )
+        graphs = _make_graphs(artifact, model, target, verifier, lowering, folder / "graphs", Path(scratch))
+        engines = _make_engines(graphs, target, verifier, lowering, folder)
         if target.compiler == "onnxruntime":  # its engines are the graphs, optimised
             for path in sorted((folder / "graphs").iterdir()):
                 path.unlink()
             (folder / "graphs").rmdir()
             graphs = []
-        with _step("write embeddings, tokenizer and manifest"):
+        with _step("write embeddings, tokenizer, polygraphy's commands and manifest"):
+            table = embedding_table(artifact, asked["decoder"])
+            clips = sample_clips(artifact.encoder)[1:] if lowering is None else lowering.clips[:1]
+            prompt = table[artifact.text.tokenizer.encode(QUESTION).ids][None].astype(np.float32)
             manifest = Manifest(
                 format=1,
                 target=target.name,
@@ -88,21 +127,48 @@ def build(
                     versions={name: version(name) for name in VERSIONS},
                 ),
                 model=model,
-                text=_write_text(artifact, folder),
+                text=_write_text(artifact, table, folder),
                 graphs=graphs,
                 engines=engines,
+                commands=write_commands(folder, target, [*graphs, *engines], clips, prompt),
+                allowed_drift=lowering.allowed if lowering is not None else [],
                 sha256="",
             )
             package.write_manifest(folder, manifest)
     return package.open_package(output)
 
 
+def _check_arguments(
+    target: Target, asked: dict[GraphName, Asked], calib: Sequence[Path], calib_cache: Path | None
+) -> None:
+    for name, precision in asked.items():
+        if precision not in target.precisions:
+            raise InputError(
+                f"{name} in {precision}: the target {target.name} lacks it; it has {', '.join(target.precisions)}"
+            )
+    if "int4-weights" in asked.values() and "plain" in target.dialects:
+        raise InputError(
+            f"decoder in int4-weights: packages for {target.name} hold the plain dialect, opset {PLAIN_OPSET}, without "
+            "INT4; use int8-weights"
+        )
+    if set(asked.values()) == {"fp32"} and (calib or calib_cache):
+        raise InputError("--calib and --calib-cache are for fp16 and int8; add --precision int8, or leave them out")
+
+
 @contextmanager
-def _step(what: str) -> Iterator[None]:
-    """A spinner while it lasts; a line with its time and the process's peak memory when done."""
+def _step(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar while it lasts; a line with its time and the process's peak memory when done."""
     start = time.perf_counter()
-    with Progress.status(f"{what} ..."):
-        yield
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Progress, transient=True, disable=not Progress.is_terminal) as bar:
+        task = bar.add_task(f"{what} ...", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Progress.print(f"{time.perf_counter() - start:7.1f} s  {peak:5.2f} GB  {what}", highlight=False)
 
@@ -139,7 +205,13 @@ def _describe_model(artifact: Artifact, frames: int, target: Target) -> package.
 
 
 def _make_graphs(
-    artifact: Artifact, model: package.Model, target: Target, verifier: Verifier, folder: Path
+    artifact: Artifact,
+    model: package.Model,
+    target: Target,
+    verifier: Verifier,
+    lowering: Lowering | None,
+    folder: Path,
+    scratch: Path,
 ) -> list[Graph]:
     """Both graphs in every dialect of the target; the dialects of a graph share one file of weights."""
     folder.mkdir()
@@ -148,36 +220,50 @@ def _make_graphs(
     made = []
     for name in GRAPHS:
         data = folder / f"{name}.data"
-        drafts: list[tuple[Dialect, Path, list[TensorSpec], list[TensorSpec], dict[str, float]]] = []
+        drafts: list[tuple[Path, Graph]] = []
         with WeightsFile(data) as weights:
             for dialect in target.dialects:
                 path = folder / f"{name}.{dialect}.onnx"
+                kept: list[Kept] = []
                 with _step(f"export the {name} graph, {dialect}"):
                     if name == "encoder":
                         traced = trace_encoder(artifact.encoder, dialect)
                     else:
                         traced = trace_decoder(artifact.decoder, dialect, capacity)
+                    if lowering is not None:
+                        kept = lowering.lower(name, dialect, traced)
                     inputs, outputs = (_specs(values, model) for values in (traced.graph.inputs, traced.graph.outputs))
                     weights.save(traced, path)
                     del traced
                     if dialect == "plain":
                         _check_plain(path)
-                with _step(f"verify the {name} graph, {dialect}"):
-                    parity = verifier.encoder(path) if name == "encoder" else verifier.decoder(path)
-                drafts.append((dialect, path, inputs, outputs, parity))
+                parity: dict[str, float] = {}
+                if lowering is None:
+                    with _step(f"verify the {name} graph, {dialect}"):
+                        parity = verifier.encoder(path) if name == "encoder" else verifier.decoder(path)
+                elif target.name != "cpu":  # whose engine itself will be checked
+                    with _step(f"check the {name} graph, {dialect}, on what was held out"):
+                        stand_in = scratch / f"{name}.{dialect}.stand-in.onnx"
+                        parity = lowering.check(name, compile_onnxruntime.compile_graph(path, stand_in, CPU)[0])
+                graph = Graph(
+                    name=name,
+                    dialect=dialect,
+                    opset=OPSETS[dialect],
+                    files=[],
+                    inputs=inputs,
+                    outputs=outputs,
+                    precision=Precision(
+                        asked="fp32" if lowering is None else lowering.asked[name],
+                        found=proof.types_found(path),
+                        kept=kept,
+                    ),
+                    parity=parity,
+                )
+                drafts.append((path, graph))
         shared = package.describe_file(folder.parent, data)
-        made += [
-            Graph(
-                name=name,
-                dialect=dialect,
-                opset=OPSETS[dialect],
-                files=[package.describe_file(folder.parent, path), shared],
-                inputs=inputs,
-                outputs=outputs,
-                parity=parity,
-            )
-            for dialect, path, inputs, outputs, parity in drafts
-        ]
+        for path, graph in drafts:
+            files = [package.describe_file(folder.parent, path), shared]
+            made.append(msgspec.structs.replace(graph, files=files))
     return made
 
 
@@ -213,7 +299,9 @@ def _check_plain(path: Path) -> None:
         raise GateError(f"{path.name}: opset {opset} with {', '.join(foreign)}, which TensorRT 10.3 may not parse")
 
 
-def _make_engines(graphs: list[Graph], target: Target, verifier: Verifier, folder: Path) -> list[Engine]:
+def _make_engines(
+    graphs: list[Graph], target: Target, verifier: Verifier, lowering: Lowering | None, folder: Path
+) -> list[Engine]:
     compiler = target.ahead_of_time or target.compiler
     fused = [graph for graph in graphs if graph.dialect == "fused"]
     if target.proof is not None:
@@ -221,7 +309,7 @@ def _make_engines(graphs: list[Graph], target: Target, verifier: Verifier, folde
             with _step(f"prove the {graph.name} graph: TensorRT-RTX compiles it for {target.proof}"):
                 path = folder / graph.files[0].path
                 compiled = compile_tensorrt.compile_graph(path, graph.inputs, "tensorrt-rtx", [target.proof])
-                _check_precision(graph, compiled.found)
+                proof.check(graph.name, graph.precision, compiled.proof)
         return []
     engines = []
     for graph in fused:
@@ -230,17 +318,21 @@ def _make_engines(graphs: list[Graph], target: Target, verifier: Verifier, folde
         with _step(f"compile the {graph.name} for {target.name} with {compiler}"):
             if target.provider is not None:
                 files = compile_onnxruntime.compile_graph(path, folder / f"{graph.name}.onnx", target.provider)
-                found, made_by, inputs = _types_found(files[0]), version("onnxruntime"), _without_profiles(graph.inputs)
+                proven = proof.prove_onnxruntime(path, files[0])
+                made_by, inputs = version("onnxruntime"), _without_profiles(graph.inputs)
             else:
                 assert compiler == "tensorrt-rtx"
                 compiled = compile_tensorrt.compile_graph(path, graph.inputs, compiler, target.capabilities)
                 files = [folder / f"{graph.name}.engine"]
                 files[0].write_bytes(compiled.engine)
-                found, made_by, inputs = compiled.found, compiled.version, graph.inputs
-            _check_precision(graph, found)
+                proven, made_by, inputs = compiled.proof, compiled.version, graph.inputs
+            proof.check(graph.name, graph.precision, proven)
         if target.name == "cpu":
             with _step(f"verify the compiled {graph.name}"):
-                parity = verifier.encoder(files[0]) if graph.name == "encoder" else verifier.decoder(files[0])
+                if lowering is not None:
+                    parity = lowering.check(graph.name, files[0])
+                else:
+                    parity = verifier.encoder(files[0]) if graph.name == "encoder" else verifier.decoder(files[0])
         engines.append(
             Engine(
                 name=graph.name,
@@ -248,7 +340,7 @@ def _make_engines(graphs: list[Graph], target: Target, verifier: Verifier, folde
                 files=[package.describe_file(folder, file) for file in files],
                 inputs=inputs,
                 outputs=graph.outputs,
-                precision=Precision(asked="fp32", found=found),
+                precision=msgspec.structs.replace(graph.precision, found=proven.found),
                 compiler=compiler,
                 compiler_version=made_by,
                 capabilities=list(target.capabilities),
@@ -263,26 +355,8 @@ def _without_profiles(specs: list[TensorSpec]) -> list[TensorSpec]:
     return [msgspec.structs.replace(spec, profile=None) for spec in specs]
 
 
-def _types_found(path: Path) -> dict[str, int]:
-    """How many floating-point tensors of each type an ONNX graph computes."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
-    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
-    found: dict[str, int] = {}
-    for value in (*model.graph.value_info, *model.graph.output):
-        name = names.get(value.type.tensor_type.elem_type)
-        if name:
-            found[name] = found.get(name, 0) + 1
-    return dict(sorted(found.items()))
-
-
-def _check_precision(graph: Graph, found: dict[str, int]) -> None:
-    if set(found) != {"fp32"}:
-        raise GateError(f"{graph.name}: asked for fp32, the compiled network computes tensors of {found}")
-
-
-def _write_text(artifact: Artifact, folder: Path) -> package.Text:
+def _write_text(artifact: Artifact, table: NDArray, folder: Path) -> package.Text:
     text, prompt = artifact.text, artifact.prompt
-    table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
     np.save(folder / "embeddings.npy", table, allow_pickle=False)
     (folder / "tokenizer.json").write_text(text.tokenizer.to_str(), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(text.chat_template, encoding="utf-8")
@@ -327,11 +401,44 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=64, help="the most frames of a video (default: %(default)s)")
     parser.add_argument("--reducer", choices=REDUCERS, help="replaces the reducer behind a frame-wise tower")
     parser.add_argument("--ratio", type=int, choices=WINDOWS, help="how much the reducer compresses")
-    parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET in the current folder")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of linear layers (default: fp32)")
+    parser.add_argument(
+        "--decoder-precision",
+        choices=(*PRECISIONS, *WEIGHTS_ONLY),
+        help="of the decoder's alone, where weights only may be quantised (default: as --precision)",
+    )
+    parser.add_argument(
+        "--calib",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="VIDEO|DIR",
+        help="calibration data for fp16 and int8: videos, folders, saved clips (.npy); .txt for the language model",
+    )
+    parser.add_argument(
+        "--calib-cache", type=Path, metavar="FILE", help="what was observed: read if there, else written"
+    )
+    parser.add_argument("--calib-method", choices=METHODS, default="minmax", help="of INT8 ranges (default: minmax)")
+    parser.add_argument("--allow-drift", action="store_true", help="accept failed drift gates; the manifest records it")
+    parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET[-PRECISION] here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
-    output = options.output or Path(f"{options.artifact.resolve().name}-{options.target}")
-    made = build(options.artifact, options.target, output, options.frames, options.reducer, options.ratio)
+    suffix = "" if options.precision == "fp32" else f"-{options.precision}"
+    output = options.output or Path(f"{options.artifact.resolve().name}-{options.target}{suffix}")
+    made = build(
+        options.artifact,
+        options.target,
+        output,
+        options.frames,
+        options.reducer,
+        options.ratio,
+        options.precision,
+        options.decoder_precision,
+        options.calib,
+        options.calib_cache,
+        options.calib_method,
+        options.allow_drift,
+    )
     print_report(made)
     if options.json:
         print(msgspec.json.encode({"package": str(made.folder), "manifest": made.manifest}).decode())

@@ -24,6 +24,7 @@ SUMMARY = {
     "compile": "finish a bundle on its device",
     "inspect": "check a package and print what is in it",
     "doctor": "what can be compiled and run on this machine",
+    "drift": "where a candidate's layers drift from a reference's",
 }
 
 
@@ -93,7 +94,7 @@ def _load(name: str) -> Callable[[list[str]], int]:
     try:
         command: Callable[[list[str]], int] = entry.load()
     except ModuleNotFoundError as error:
-        needed = "export" if name == "build" else "cpu"
+        needed = "export" if name in ("build", "drift") else "cpu"
         raise InputError(f"{name} needs the module {error.name}; run: pip install 'liteframe[{needed}]'") from None
     return command
 

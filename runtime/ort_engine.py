@@ -85,6 +85,7 @@ class OrtDecoder:
         self._width = inputs["inputs_embeds"].shape[2]
         self._caches = [name for name in inputs if name not in ("inputs_embeds", "write_index")]
         _, self._kv_heads, length, self._head_dim = inputs[self._caches[0]].shape
+        self._cache_type = np.float16 if inputs[self._caches[0]].type == "tensor(float16)" else np.float32
         self._in_place = length != "past"
         self._fixed = length if isinstance(length, int) else None
         self.capacity = self._fixed or capacity
@@ -95,7 +96,8 @@ class OrtDecoder:
         shape = (1, self._kv_heads, length, self._head_dim)
         # on a CPU an OrtValue is a view of its array, so each cache needs one of its own
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), self._device) for name in self._caches
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_type), self._device)
+            for name in self._caches
         }
 
     def forward(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -140,7 +142,7 @@ class OrtDecoder:
             return
         grown = min(-(-positions // GROWTH) * GROWTH, self.capacity)
         for name, buffer in self._buffers.items():
-            old, new = buffer.numpy(), np.zeros((1, self._kv_heads, grown, self._head_dim), np.float32)
+            old, new = buffer.numpy(), np.zeros((1, self._kv_heads, grown, self._head_dim), self._cache_type)
             new[:, :, : self.position] = old[:, :, : self.position]
             self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
 

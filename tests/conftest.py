@@ -124,6 +124,12 @@ def tiny_manifest():
             (folder / path).write_bytes(content)
             return package.describe_file(folder, folder / path)
 
+        precision = package.Precision(
+            asked="fp32",
+            found={"fp32": 7},
+            kept=[package.Kept(node="norm/LayerNormalization", type="fp32", reason="norm")],
+        )
+
         def spec(name, *shape, profile=None):
             return package.TensorSpec(name=name, dtype="float32", shape=list(shape), profile=profile)
 
@@ -134,13 +140,13 @@ def tiny_manifest():
             both = {"name": name, "dialect": "fused", "parity": {"cosine": 0.9999987, "relative_difference": 2e-7}}
             data = file(f"graphs/{name}.data", f"{name}'s weights".encode())
             graph = file(f"graphs/{name}.fused.onnx", f"{name}'s graph".encode())
-            graphs.append(package.Graph(**both, **specs, opset=24, files=[graph, data]))
+            graphs.append(package.Graph(**both, **specs, opset=24, files=[graph, data], precision=precision))
             engines.append(
                 package.Engine(
                     **both,
                     **specs,
                     files=[file(f"{name}.engine", f"{name}'s engine".encode())],
-                    precision=package.Precision(asked="fp32", found={"fp32": 7}),
+                    precision=precision,
                     compiler="tensorrt",
                     compiler_version="11.4.1",
                     capabilities=["8.0"],
@@ -165,6 +171,8 @@ def tiny_manifest():
             ),
             graphs=graphs,
             engines=engines,
+            commands=[file("polygraphy/commands.txt", b"polygraphy run\n")],
+            allowed_drift=["decoder in fp16: perplexity on held-out text rises 0.20%, its gate is 0.1%"],
             sha256="",
         )
 

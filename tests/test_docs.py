@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from liteframe.engines import package
 from liteframe.engines.targets import TARGETS
-from liteframe.export import verify
+from liteframe.export import precision, verify
 from liteframe.export.artifact import LiteFrameFolder
 from liteframe.export.models.encoder import EncoderConfig
 from liteframe.export.models.liteframe import LiteFrameConfig
@@ -66,7 +66,12 @@ def test_the_example_config_is_one_and_shows_the_defaults():
 
 def test_figures_and_gates_are_the_codes(tiny_package):
     text = section(PACKAGE, "Figures in `parity`")
-    assert sorted(table_fields(text)) == sorted(tiny_package.manifest.engines[1].parity)
+    lowered = {"mean_cosine", "worst_cosine", "perplexity", "perplexity_increase", "perplexity_increase_95"}
+    assert set(table_fields(text)) == {*tiny_package.manifest.engines[1].parity, *lowered}
+    for gates in (precision.MEAN_COSINE, precision.WORST_COSINE):
+        assert f"FP16 >= {gates['fp16']}, INT8 >= {gates['int8']}" in text
+    limits = [f"{precision.PERPLEXITY[asked] * 100:g} %" for asked in ("fp16", "int8", "int4-weights")]
+    assert "FP16 <= {}, INT8 <= {}, INT4 weights <= {}".format(*limits) in text
     assert f">= {verify.COSINE}" in text and f"<= {verify.CHUNKED_DIFFERENCE:.0e}".replace("-0", "-") in text
     assert f"a prompt of {verify.PROMPT}" in text
     assert "chunks of {}, {} and {}".format(*verify.CHUNKS) in text

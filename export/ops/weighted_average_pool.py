@@ -51,7 +51,8 @@ def weighted_average_pool(x: Tensor, blocks: Sequence[int]) -> Tensor:
 
 
 def function_body(opset: int) -> onnx.FunctionProto:
-    """The operator in standard ONNX."""
+    """The operator in standard ONNX. Scores and weights are FP32 whatever the type of x: FP16 would overflow first in
+    these sums of products."""
 
     def node(op: str, inputs: list[str], *outputs: str, **constants: Any):
         return oh.make_node(op, inputs, outputs, **constants)
@@ -66,8 +67,7 @@ def function_body(opset: int) -> onnx.FunctionProto:
 
     nodes = [
         reference("value_ints", "blocks", onnx.AttributeProto.INTS, "block_shape"),
-        reference("value_float", "scale", onnx.AttributeProto.FLOAT, "scale_f32"),
-        node("CastLike", ["scale_f32", "x"], "scale"),
+        reference("value_float", "scale", onnx.AttributeProto.FLOAT, "scale"),
         *(ints(f"i{i}", i) for i in range(4)),
         ints("far", 2**31 - 1),
         ints("rest", -1),
@@ -75,8 +75,10 @@ def function_body(opset: int) -> onnx.FunctionProto:
         # scores (clips, T, H*W): CLS of the frame times its patches
         node("Slice", ["x", "i0", "i1", "i2"], "cls"),
         node("Slice", ["x", "i1", "far", "i2"], "patches"),
-        node("Mul", ["cls", "scale"], "scaled_cls"),
-        node("Mul", ["patches", "scaled_cls"], "products"),
+        node("Cast", ["cls"], "cls_fp32", to=onnx.TensorProto.FLOAT),
+        node("Cast", ["patches"], "patches_fp32", to=onnx.TensorProto.FLOAT),
+        node("Mul", ["cls_fp32", "scale"], "scaled_cls"),
+        node("Mul", ["patches_fp32", "scaled_cls"], "products"),
         node("ReduceSum", ["products", "i3"], "scores", keepdims=0),
         # both cut into blocks: (clips, nt, t, nh, h, nw, w[, C]) -> (clips, nt, nh, nw, t, h, w[, C])
         node("Concat", ["i0", "block_shape"], "scores_cut_shape", axis=0),
@@ -93,7 +95,8 @@ def function_body(opset: int) -> onnx.FunctionProto:
         node("Mul", ["th", "w"], "size"),
         node("Concat", ["clips", "rest", "one", "size"], "weights_shape", axis=0),
         node("Reshape", ["scores_blocked", "weights_shape"], "logits"),
-        node("Softmax", ["logits"], "weights", axis=-1),
+        node("Softmax", ["logits"], "weights_fp32", axis=-1),
+        node("CastLike", ["weights_fp32", "x"], "weights"),
         node("Concat", ["clips", "rest", "size", "channels"], "values_shape", axis=0),
         node("Reshape", ["patches_blocked", "values_shape"], "values"),
         node("MatMul", ["weights", "values"], "pooled"),

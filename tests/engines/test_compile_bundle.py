@@ -16,6 +16,7 @@ from liteframe.engines import compile_bundle, compile_tensorrt
 from liteframe.engines.compile_tensorrt import Compiled
 from liteframe.engines.device import Gpu
 from liteframe.engines.package import GateError, InputError, Package, describe_file, open_package, write_manifest
+from liteframe.engines.proof import Proof
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")  # polygraphy's timing cache
 ORIN, A100 = Gpu("Orin", "8.7", 32 << 30), Gpu("NVIDIA A100", "8.0", 80 << 30)
@@ -31,7 +32,8 @@ def device(monkeypatch):
             calls.append((graph, inputs, flavour, capabilities))
             if fail_at == len(calls):
                 raise InputError(f"{graph}: tensorrt {version} cannot compile it: out of memory")
-            return Compiled(engine=b"compiled " + graph.read_bytes(), found=found[len(calls) - 1], version=version)
+            proof = Proof(found=found[len(calls) - 1], integer_products=0, wrong=[])
+            return Compiled(engine=b"compiled " + graph.read_bytes(), proof=proof, version=version)
 
         monkeypatch.setattr(compile_tensorrt, "load", lambda flavour: SimpleNamespace(__version__=version))
         monkeypatch.setattr(compile_tensorrt, "compile_graph", compile_graph)
@@ -109,7 +111,11 @@ def test_a_bundle_gets_engines_from_the_dialect_of_its_tensorrt(bundle, device, 
             "files": None,
             "inputs": None,
             "outputs": None,
-            "precision": {"asked": "fp32", "found": {"fp32": count}},
+            "precision": {
+                "asked": "fp32",
+                "found": {"fp32": count},
+                "kept": [{"node": "norm/LayerNormalization", "type": "fp32", "reason": "norm"}],
+            },
             "compiler": "tensorrt",
             "compiler_version": version,
             "capabilities": ["8.7"],

@@ -71,8 +71,8 @@ def test_a_graph_is_compiled_in_fp32_without_a_gpu(save_graph, built, name):
     graph = save_graph(name)
     made = compiled(graph)
     assert len(made.engine) > 10_000
-    assert set(made.found) == {"fp32"}
-    assert made.found["fp32"] >= len(graph.model.graph.node)
+    assert set(made.proof.found) == {"fp32"}
+    assert made.proof.found["fp32"] >= len(graph.model.graph.node)
     assert made.version == load(RTX).__version__
     assert built["capabilities"] == ["SM80"]
     assert built["strongly typed"]
@@ -122,7 +122,7 @@ def test_a_profile_holds_for_the_engine(save_graph):
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_fp16_is_found_where_the_graph_has_it(save_graph, name):
-    assert set(compiled(save_graph(name, kind=HALF)).found) == {"fp16"}
+    assert set(compiled(save_graph(name, kind=HALF)).proof.found) == {"fp16"}
 
 
 def save_nodes(path, nodes, weights=(), inputs=(("x", FLOAT, [2, 8]),), output=FLOAT):
@@ -139,7 +139,7 @@ def test_one_half_precision_tensor_among_others_is_found(tmp_path):
         oh.make_node("Cast", ["a"], ["b"], to=HALF),
         oh.make_node("Cast", ["b"], ["y"], to=FLOAT),
     ]
-    found = compile_graph(save_nodes(tmp_path / "cast.onnx", nodes), [], RTX, ["8.0"]).found
+    found = compile_graph(save_nodes(tmp_path / "cast.onnx", nodes), [], RTX, ["8.0"]).proof.found
     assert found == {"fp16": 1, "fp32": 2}
 
 
@@ -152,13 +152,13 @@ def test_quantised_tensors_are_found(tmp_path, save_graph):
         oh.make_node("Relu", ["d"], ["y"]),
     ]
     path = save_nodes(tmp_path / "quantised.onnx", nodes, [("scale", scale), ("zero", zero)])
-    assert compile_graph(path, [], RTX, ["8.0"]).found == {"fp32": 2, "int8": 1}
+    assert compile_graph(path, [], RTX, ["8.0"]).proof.found == {"fp32": 2, "int8": 1}
 
 
 def test_integers_are_no_precision(tmp_path):
     nodes = [oh.make_node("Shape", ["x"], ["s"]), oh.make_node("Cast", ["s"], ["y"], to=onnx.TensorProto.INT32)]
     path = save_nodes(tmp_path / "shape.onnx", nodes, output=onnx.TensorProto.INT32)
-    assert compile_graph(path, [], RTX, ["8.0"]).found == {}
+    assert compile_graph(path, [], RTX, ["8.0"]).proof.found == {}
 
 
 # graphs that are refused

@@ -80,6 +80,7 @@ def test_a_cpu_package_holds_two_engines_and_what_text_needs(built):
         "embeddings.npy",
         "tokenizer.json",
         "chat_template.jinja",
+        *(f"polygraphy/{name}" for name in ("commands.txt", "helpers.py", "frames.npy", "inputs_embeds.npy")),
     }
     for engine in made.manifest.engines:
         assert engine.compiler == "onnxruntime"
@@ -182,7 +183,8 @@ def test_a_gate_that_fails_leaves_nothing_behind(tiny_artifact, tmp_path, monkey
 
 
 def test_a_compiler_that_changes_the_precision_fails_the_build(tiny_artifact, tmp_path, monkeypatch):
-    compiled = build_engine.compile_tensorrt.Compiled(engine=b"engine", found={"fp16": 3, "fp32": 9}, version="1.7.1")
+    proven = build_engine.proof.Proof(found={"fp16": 3, "fp32": 9}, integer_products=0, wrong=[])
+    compiled = build_engine.compile_tensorrt.Compiled(engine=b"engine", proof=proven, version="1.7.1")
     monkeypatch.setattr(build_engine.compile_tensorrt, "compile_graph", lambda *_: compiled)
     with pytest.raises(GateError, match=r"asked for fp32, the compiled network computes tensors of .*fp16"):
         build(tiny_artifact, "a100", tmp_path / "out", frames=16)

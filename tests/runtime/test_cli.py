@@ -318,7 +318,8 @@ def test_build_reports_and_ends_with_one_json_document(call, tiny_artifact, tiny
     monkeypatch.setattr(build_engine, "build", lambda *arguments: asked.append(arguments) or tiny_package)
     code, out, err = call("build", tiny_artifact, "--target", "cpu", "--frames", 16, "--json")
     assert code == 0
-    assert [str(a) for a in asked[0]] == [str(tiny_artifact), "cpu", "artifact-cpu", "16", "None", "None"]
+    given = [str(tiny_artifact), "cpu", "artifact-cpu", "16", "None", "None"]
+    assert [str(a) for a in asked[0]] == [*given, "fp32", "None", "[]", "None", "minmax", "False"]
     (line,) = out.splitlines()
     document = json.loads(line)
     assert document["package"] == str(tiny_package.folder)

@@ -1,0 +1,294 @@
+"""Carries a placement out on a graph: types changed, Casts between them, Q/DQ pairs around linear layers.
+
+    x ──────────── MatMul ── y        x ── QuantizeLinear ── DequantizeLinear ── MatMul ── y
+    weights ────────┘                 INT8 weights ───────── DequantizeLinear ────┘
+
+Where only signed integers are taken, a lopsided activation (behind a GELU, say) would waste one of eight bits. It is
+centred first, which the bias makes up for: x W + b = (x - c) W + (b + c W), W as it is after rounding. Compilers fuse
+the subtraction with what makes x.
+
+Inputs and outputs of the graph keep their types, except KV caches, which take that of the attention they serve.
+Values keep their names; what is added is named after the value it is made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, same_type
+from .ranges import asymmetric, symmetric
+
+TYPES: dict[Type, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+FP16 = np.finfo(np.float16)
+
+
+def apply(
+    model: ir.Model, placement: Plan, ranges: Mapping[str, tuple[float, float]], signed_activations: bool
+) -> None:
+    """Rewrites an FP32 graph in place.
+
+    Args:
+        ranges: linear layer -> lowest and highest value of its activation.
+        signed_activations: INT8 with zero point 0, as TensorRT takes it; else UINT8 with a zero point, for which ONNX
+            Runtime's CPU kernels are made.
+    """
+    caches = {*model.graph.inputs[2:], *model.graph.outputs[1:]}
+    _retype(model, placement.types, caches)
+    layers = {str(node.name): node for node in linear_layers(model)}
+    made: dict[tuple[str, tuple[float, float]], ir.Value] = {}
+    for name in placement.int8:
+        _quantise(model, layers[name], ranges[name], signed_activations, made)
+    for name, bits in placement.weights.items():
+        _quantise_weights(model.graph, layers[name], bits)
+    model.graph.sort()
+    for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
+        del model.graph.initializers[str(value.name)]
+
+
+def _retype(model: ir.Model, types: Mapping[str, Type], free: set[ir.Value]) -> None:
+    """Gives every node its type; `free` are inputs and outputs of the graph that take that of their node."""
+    graph = model.graph
+    made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+    fixed_outputs = {v for v in graph.outputs if is_float(v) and v not in free}
+    for node in list(graph):
+        wanted = TYPES.get(types.get(str(node.name), "fp32"))
+        if str(node.name) not in types:  # it computes integers; what it reads may have any type
+            continue
+        assert wanted is not None
+        for position, value in enumerate(node.inputs):
+            if value is None or not is_float(value):
+                continue
+            if value in free:
+                value.dtype = wanted
+            elif value.dtype != wanted:
+                node.replace_input_with(position, _converted(graph, value, wanted, made))
+        if node.op_type == "Cast":
+            node.attributes["to"] = ir.AttrInt64("to", int(wanted))
+        for output in node.outputs:
+            if not is_float(output):
+                continue
+            if output in fixed_outputs and wanted != output.dtype:
+                _cast_output(graph, output, wanted)
+            else:
+                output.dtype = wanted
+
+
+def _converted(
+    graph: ir.Graph, value: ir.Value, wanted: ir.DataType, made: dict[tuple[ir.Value, ir.DataType], ir.Value]
+) -> ir.Value:
+    """The value in another type: a weight converted once, anything else by one Cast for all its readers."""
+    if (value, wanted) not in made:
+        suffix = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}[wanted]
+        name = f"{value.name}_{suffix}"
+        if value.is_initializer():
+            assert value.const_value is not None
+            made[value, wanted] = _weight(graph, name, _to_half(value.const_value.numpy()))
+        else:
+            cast = ir.node("Cast", [value], {"to": int(wanted)}, name=name)
+            cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, wanted, value.shape
+            producer = value.producer()
+            if producer is None:
+                graph.insert_before(graph[0], cast)
+            else:
+                graph.insert_after(producer, cast)
+            made[value, wanted] = cast.outputs[0]
+    return made[value, wanted]
+
+
+def _cast_output(graph: ir.Graph, output: ir.Value, computed: ir.DataType) -> None:
+    """The graph's output stays as promised; the node before it computes in its own type."""
+    node = output.producer()
+    assert node is not None
+    wanted, position = output.dtype, output.index()
+    assert position is not None and wanted is not None
+    inner = node.outputs[position]
+    cast = ir.node("Cast", [inner], {"to": int(wanted)}, name=f"{inner.name}_output")
+    final = cast.outputs[0]
+    final.name, final.dtype, final.shape = output.name, wanted, output.shape
+    inner.name, inner.dtype = f"{node.name}:{position}", computed
+    graph.insert_after(node, cast)
+    graph.outputs[graph.outputs.index(output)] = final
+
+
+def _weight(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
+    graph.register_initializer(value)
+    return value
+
+
+def _to_half(array: NDArray) -> NDArray[np.float16]:
+    """Beyond FP16's range lies nothing but masks' "minus infinity", for which the lowest number does as well."""
+    return np.clip(array, FP16.min, FP16.max).astype(np.float16)
+
+
+def _quantise(
+    model: ir.Model,
+    layer: ir.Node,
+    bounds: tuple[float, float],
+    signed: bool,
+    made: dict[tuple[str, tuple[float, float]], ir.Value],
+) -> None:
+    activation, weight = layer.inputs[0], layer.inputs[1]
+    assert activation is not None and weight is not None and weight.const_value is not None
+    assert activation.dtype is not None
+    beside = np.dtype(activation.dtype.numpy())
+    matrix = weight.const_value.numpy().astype(np.float32)
+    if layer.op_type == "Gemm":  # the same product with the weights the other way round
+        layer = _as_matmul(model.graph, layer)
+        matrix = np.ascontiguousarray(matrix.T)
+    scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
+    quantised = np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8)
+    if signed and _is_lopsided(*bounds) and (bias := _own_bias(activation, layer)) is not None:
+        activation, bounds = _centre(model.graph, activation, bounds, layer, quantised * scale, bias)
+    key = str(activation.name), bounds
+    if key not in made:
+        made[key] = _quantised_activation(model.graph, activation, bounds, signed, beside)
+    layer.replace_input_with(0, made[key])
+    layer.replace_input_with(1, _quantised_weight(model.graph, layer, quantised, scale))
+
+
+def _is_lopsided(low: float, high: float) -> bool:
+    return abs(low + high) > (high - low) / 2
+
+
+def _own_bias(activation: ir.Value, layer: ir.Node) -> ir.Node | None:
+    """The Add of a bias behind the only layer that reads the activation."""
+    users = [user for user, _ in layer.outputs[0].uses()]
+    if len(users) != 1 or users[0].op_type != "Add" or len(list(activation.uses())) != 1:
+        return None
+    return users[0] if any(v is not None and v.is_initializer() for v in users[0].inputs) else None
+
+
+def _centre(
+    graph: ir.Graph,
+    value: ir.Value,
+    bounds: tuple[float, float],
+    layer: ir.Node,
+    matrix: NDArray,
+    add: ir.Node,
+) -> tuple[ir.Value, tuple[float, float]]:
+    """The activation less its centre, a whole number of steps so that zero keeps a level of its own, and its range."""
+    assert value.dtype is not None
+    beside = np.dtype(value.dtype.numpy())
+    step = float(_representable((bounds[1] - bounds[0]) / 254, beside))
+    centre = round((bounds[0] + bounds[1]) / 2 / step) * step
+    name = f"{value.name}_centred"
+    subtract = ir.node("Sub", [value, _weight(graph, f"{name}:1", np.array(centre, beside))], name=name)
+    out = subtract.outputs[0]
+    out.name, out.type, out.shape = name, same_type(value), value.shape
+    graph.insert_before(layer, subtract)
+    layer.replace_input_with(0, out)
+    position = next(i for i, v in enumerate(add.inputs) if v is not None and v.is_initializer())
+    bias = add.inputs[position]
+    assert bias is not None and bias.const_value is not None
+    moved = bias.const_value.numpy() + centre * matrix.sum(axis=0, dtype=np.float64)
+    add.replace_input_with(position, _weight(graph, f"{add.name}:{position}_centred", moved.astype(beside)))
+    return out, (-127 * step, 127 * step)
+
+
+def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> ir.Node:
+    product = ir.node("MatMul", gemm.inputs[:2], name=gemm.name)
+    ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], [product], gemm.outputs, product.outputs)
+    return product
+
+
+def _quantised_activation(
+    graph: ir.Graph, value: ir.Value, bounds: tuple[float, float], signed: bool, beside: np.dtype
+) -> ir.Value:
+    if signed:
+        scale, zero = symmetric(*bounds), np.int8(0)
+    else:
+        scale, point = asymmetric(*bounds)
+        zero = np.uint8(point)  # type: ignore[assignment]
+    name = str(value.name)
+    step = _weight(graph, f"{name}_scale", np.array(_representable(scale, beside), beside))
+    point_value = _weight(graph, f"{name}_zero_point", np.array(zero))
+    quantise = ir.node("QuantizeLinear", [value, step, point_value], name=f"{name}_QuantizeLinear")
+    dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], step, point_value], name=f"{name}_DequantizeLinear")
+    for node, like in ((quantise, point_value), (dequantise, value)):
+        out = node.outputs[0]
+        out.name, out.type, out.shape = node.name, same_type(like), value.shape
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], [quantise, dequantise])
+    else:
+        graph.insert_after(producer, [quantise, dequantise])
+    return dequantise.outputs[0]
+
+
+def _quantised_weight(graph: ir.Graph, layer: ir.Node, quantised: NDArray[np.int8], scale: NDArray) -> ir.Value:
+    """(K, N), symmetric with a scale for each of N output channels."""
+    name = str(layer.name)
+    inputs = [
+        _weight(graph, f"{name}:1_int8", quantised),
+        _weight(graph, f"{name}:1_scale", scale),
+        _weight(graph, f"{name}:1_zero_point", np.zeros(scale.shape, np.int8)),
+    ]
+    node = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}:1_DequantizeLinear")
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = node.name, ir.DataType.from_numpy(scale.dtype), ir.Shape(quantised.shape)
+    graph.insert_before(layer, node)
+    return out
+
+
+def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int) -> None:
+    """Weights alone: INT8 per output channel, INT4 in blocks; each block's scale is the one of least squared error."""
+    weight = layer.inputs[1]
+    assert weight is not None and weight.const_value is not None and weight.dtype is not None
+    beside = np.dtype(weight.dtype.numpy())
+    matrix = weight.const_value.numpy().astype(np.float32)
+    if layer.op_type == "Gemm":
+        layer = _as_matmul(graph, layer)
+        matrix = np.ascontiguousarray(matrix.T)
+    if bits == 8:
+        scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
+        quantised = np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8)
+        layer.replace_input_with(1, _quantised_weight(graph, layer, quantised, scale))
+        return
+    quantised, scale = _int4_blocks(matrix, beside)
+    name = str(layer.name)
+    stored = ir.Value(name=f"{name}:1_int4")
+    stored.const_value = ir.tensor(quantised.astype(ml_dtypes.int4), name=stored.name)
+    stored.dtype, stored.shape = ir.DataType.INT4, ir.Shape(quantised.shape)
+    graph.register_initializer(stored)
+    steps = _weight(graph, f"{name}:1_scale", scale)
+    attributes = {"axis": 0, "block_size": INT4_BLOCK}
+    node = ir.node("DequantizeLinear", [stored, steps], attributes, name=f"{name}:1_DequantizeLinear")
+    out = node.outputs[0]
+    out.name, out.dtype, out.shape = node.name, ir.DataType.from_numpy(scale.dtype), ir.Shape(matrix.shape)
+    graph.insert_before(layer, node)
+    layer.replace_input_with(1, out)
+
+
+def _int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
+    """Integers from -8 to 7 (K, N) and scales (K / INT4_BLOCK, N)."""
+    rows, columns = matrix.shape
+    blocks = matrix.reshape(-1, INT4_BLOCK, columns)
+    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+    best = np.full(peak.shape, np.inf, np.float32)
+    scale, quantised = np.ones_like(peak), np.zeros(blocks.shape, np.int8)
+    for divisor in (-8.0, -7.5, -7.0, -6.5, -6.0, 7.0, 6.5, 6.0, 5.5):  # -8 has no positive counterpart
+        candidate = _signed_representable(peak / divisor, beside)
+        rounded = np.clip(np.rint(blocks / candidate), -8, 7)
+        error = np.square(rounded * candidate - blocks).sum(axis=1, keepdims=True)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, candidate, scale)
+        quantised = np.where(better, rounded, quantised).astype(np.int8)
+    return quantised.reshape(rows, columns), scale[:, 0].astype(beside)
+
+
+def _signed_representable(scale: NDArray, beside: np.dtype) -> NDArray[np.float32]:
+    """Scales of weights may be negative: the sign decides which end of the range gets the eighth level."""
+    tiny = np.finfo(beside).tiny
+    return np.where(np.abs(scale) < tiny, tiny, scale).astype(beside).astype(np.float32)
+
+
+def _representable(scale: float | NDArray, beside: np.dtype) -> NDArray:
+    """Scales are stored in the type beside the integers; no smaller than its smallest normal number."""
+    return np.maximum(np.asarray(scale, np.float64), np.finfo(beside).tiny).astype(beside)

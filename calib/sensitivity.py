@@ -1,0 +1,98 @@
+"""What each linear layer costs when it alone is quantised, and which to leave out to stay within a budget.
+
+for each group of layers that read the same activation:  the graph with only that group in INT8  ──▶  cost
+costs add up, nearly: rounding errors of different layers are independent
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .observe import Feed, layers_by_activation, open_tapped
+from .placement import plan
+from .rewrite import apply
+
+Cost = Callable[[list[NDArray], list[NDArray]], float]
+
+
+def noise(reference: list[NDArray], candidate: list[NDArray]) -> float:
+    """Power of the difference over power of the reference, all outputs together."""
+    error = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(candidate, reference, strict=True))
+    return error / sum(float(np.square(b.astype(np.float64)).sum()) for b in reference)
+
+
+def divergence(reference: list[NDArray], candidate: list[NDArray]) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of the candidate's next-token distributions from the reference's.
+
+    For small changes, it is what they add to the mean loss, the logarithm of perplexity.
+
+    Args:
+        reference, candidate: logits (positions, vocabulary), one array for each feed.
+    """
+    per_position = []
+    for a, b in zip(reference, candidate, strict=True):
+        expected, found = _log_softmax(a), _log_softmax(b)
+        per_position.append((np.exp(expected) * (expected - found)).sum(axis=-1))
+    return float(np.concatenate(per_position).mean(dtype=np.float64))
+
+
+def _log_softmax(logits: NDArray) -> NDArray[np.float32]:
+    shifted = logits.astype(np.float32) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def scan(
+    graph: Path,
+    feeds: list[Feed],
+    output: str,
+    ranges: Mapping[str, tuple[float, float]],
+    signed_activations: bool,
+    cost: Cost = noise,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph.
+
+    Args:
+        output: the value whose change is the cost.
+        cost: of the values over all feeds, reference first.
+        progress: told how many of how many groups are done.
+    """
+
+    def run(model: ir.Model) -> list[NDArray]:
+        session = open_tapped(model, graph.parent, [output])
+        return [session.run([output], feed)[0] for feed in feeds]
+
+    model = ir.load(graph)
+    reference = run(model)
+    groups = list(layers_by_activation(model).values())
+    every = {name for group in groups for name in group}
+    costs: dict[str, float] = {}
+    for done, group in enumerate(groups, start=1):
+        candidate = ir.load(graph)
+        others = dict.fromkeys(every - set(group), "")
+        apply(candidate, plan(candidate, "fp32", "int8", {}, others), ranges, signed_activations)
+        costs |= dict.fromkeys(group, cost(reference, run(candidate)))
+        if progress is not None:
+            progress(done, len(groups))
+    return costs
+
+
+def too_costly(costs: Mapping[str, float], budget: float) -> dict[str, str]:
+    """The costliest layers, as few as possible, without which the others' costs add up to no more than `budget`:
+    layer -> why it is kept."""
+    groups: dict[float, list[str]] = {}
+    for layer, cost in costs.items():  # layers that were scanned together have one cost
+        groups.setdefault(cost, []).append(layer)
+    kept: dict[str, str] = {}
+    by_cost = sorted(groups, reverse=True)
+    for position, cost in enumerate(by_cost):
+        if math.fsum(by_cost[position:]) <= budget:
+            break
+        kept |= dict.fromkeys(groups[cost], f"sensitivity: alone it costs {cost:.3g}, all may cost {budget:.3g}")
+    return kept

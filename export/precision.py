@@ -1,0 +1,384 @@
+"""From FP32 graphs to FP16 and INT8 ones: calibration, placement, and gates on what it is calibrated for.
+
+    clips ──┬─▶ calibrating ──▶ encoder's ranges ──▶ visual tokens ─┐
+            └─▶ held out                                            ├─▶ decoder's ranges
+    text  ──┬─▶ calibrating ────────────────────────────────────────┘
+            └─▶ held out                      (text: given, or else written by the FP32 decoder itself)
+
+    graph ──smooth, place──▶ graph in its precision ──compile──▶ engine ──held-out clips and text──▶ gates
+
+One reference graph of each kind is observed; its calibration serves every dialect, and from it the weights of all
+dialects are the same bytes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ..calib import calibrate, perplexity, placement, rewrite, sensitivity
+from ..calib.clips import read_calibration_clips
+from ..calib.observe import Feed, observe
+from ..calib.ranges import choose_range
+from ..calib.smooth import smooth
+from ..engines import compile_onnxruntime
+from ..engines.package import Asked, GateError, InputError, Kept
+from ..engines.targets import Dialect, Target
+from ..runtime.ort_engine import OrtDecoder, OrtEncoder
+from .artifact import Artifact
+from .trace import WeightsFile, cache_names, trace_decoder, trace_encoder
+
+GraphName = Literal["encoder", "decoder"]
+Progress = Callable[[int, int], None]  # how many of how many are done
+Step = Callable[[str], AbstractContextManager[Progress]]
+CPU = "CPUExecutionProvider"
+
+CLIPS = 64
+HELD_OUT_EVERY = 4  # of clips and of windows of text
+WINDOW = 256  # tokens
+WINDOWS = 16
+OWN_WINDOWS = 16  # of text that the decoder writes itself
+PROMPT_CLIPS = 4  # in each of the video prompts
+SCAN_FEEDS = 2
+AUDIT_FEEDS = 4
+
+# Gates against the FP32 reference. Cosines are of visual tokens, a clip's the mean of its tokens'.
+MEAN_COSINE: dict[Asked, float] = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
+WORST_COSINE: dict[Asked, float] = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.97}
+PERPLEXITY: dict[Asked, float] = {
+    "fp32": 0.00001,
+    "fp16": 0.001,
+    "int8": 0.02,
+    "int8-weights": 0.02,
+    "int4-weights": 0.08,
+}
+# What the layers together may cost before the costliest are left out. The gate allows an encoder noise of power
+# 2 (1 - cosine) = 0.02, of which this is half, and a decoder a divergence of log(1.02) = 0.02, of which this is a
+# quarter: the head takes a third, and together layers cost more than the sum of each alone.
+BUDGET: dict[GraphName, float] = {"encoder": 0.01, "decoder": 0.005}
+
+
+@dataclass
+class Lowering:
+    """What is known of both reference graphs, and how it is applied.
+
+    Attributes:
+        clips: uint8 (n, T, H, W, 3), calibrating and held out.
+        kept: linear layers that stay in higher precision, by graph, with the reason.
+        costs: of each linear layer alone, by graph.
+        allowed: gates that failed and were overridden.
+    """
+
+    artifact: Artifact
+    asked: dict[GraphName, Asked]
+    target: Target
+    method: str
+    allow_drift: bool
+    scratch: Path
+    clips: NDArray[np.uint8]
+    windows: NDArray[np.int64]
+    calibrations: dict[str, calibrate.Calibration] = field(default_factory=dict)
+    kept: dict[str, dict[str, str]] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    references: dict[str, Any] = field(default_factory=dict)
+    feeds: dict[GraphName, list[Feed]] = field(default_factory=dict)
+    allowed: list[str] = field(default_factory=list)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.target.name == "cpu"
+
+    @property
+    def held_out(self) -> NDArray[np.uint8]:
+        return self.clips[::HELD_OUT_EVERY]
+
+    @property
+    def held_out_windows(self) -> NDArray[np.int64]:
+        return self.windows[::HELD_OUT_EVERY]
+
+    def lower(self, name: GraphName, dialect: Dialect, model: ir.Model) -> list[Kept]:
+        """Puts an FP32 graph of either dialect into the precision asked for, in place; returns the exceptions."""
+        asked, calibration = self.asked[name], self.calibrations[name]
+        if asked == "fp32":
+            return []
+        smooth(model, calibration.channels)
+        largest = calibration.observation.largest
+        if dialect == "plain":  # whose attention is written out, with values that the reference does not have
+            largest = self._audit(name, model)
+        beside: placement.Type = "fp32" if self.on_cpu and asked != "fp16" else "fp16"
+        plan = placement.plan(model, beside, asked, largest, self.kept.get(name), weights_of_kept=name == "decoder")
+        rewrite.apply(model, plan, self._ranges(name), signed_activations=not self.on_cpu)
+        return [
+            *(Kept(node=node, type="fp32", reason=why) for node, why in plan.islands.items()),
+            *(Kept(node=node, type=beside, reason=why) for node, why in plan.kept.items()),
+        ]
+
+    def _audit(self, name: GraphName, model: ir.Model) -> dict[str, float]:
+        """Largest absolute values in a `plain` graph, over a few of the feeds."""
+        feeds = [
+            {key: array[:, :, :0] if "_cache_" in key else array for key, array in feed.items()}
+            for feed in self.feeds[name][:AUDIT_FEEDS]
+        ]
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            graph = Path(folder) / "plain.onnx"
+            with WeightsFile(graph.with_suffix(".data")) as weights:
+                weights.save(model.clone(), graph)
+            return observe(graph, feeds, histograms_too=False).largest
+
+    def _ranges(self, name: GraphName) -> dict[str, tuple[float, float]]:
+        if self.asked[name] != "int8":
+            return {}
+        histograms = self.calibrations[name].observation.histograms
+        return {layer: choose_range(histogram, self.method) for layer, histogram in histograms.items()}
+
+    def scan(self, name: GraphName, graph: Path, feeds: list[Feed], progress: Progress) -> None:
+        """Finds the layers that cost too much in INT8: noise of visual tokens, divergence of next tokens."""
+        model = ir.load(graph)
+        smooth(model, self.calibrations[name].channels)
+        output, cost = "visual_tokens", sensitivity.noise
+        if name == "decoder":
+            output, cost = "logits", sensitivity.divergence
+            perplexity.select_all_positions(model, graph)
+        with tempfile.TemporaryDirectory(dir=graph.parent) as folder:
+            smoothed = Path(folder) / graph.name
+            ir.save(model, smoothed, external_data=f"{graph.stem}.data")
+            costs = sensitivity.scan(smoothed, feeds, output, self._ranges(name), not self.on_cpu, cost, progress)
+        self.costs[name] = costs
+        self.kept[name] = sensitivity.too_costly(costs, BUDGET[name])
+
+    def check(self, name: GraphName, engine: Path) -> dict[str, float]:
+        """Figures of an engine of ONNX Runtime's CPU provider on what was held out.
+
+        Raises:
+            GateError: it misses a gate, and drift is not allowed.
+        """
+        if name == "encoder":
+            encoder = OrtEncoder(engine)
+            tokens = np.concatenate([encoder.encode(clip[None]) for clip in self.held_out])
+            cosines = _clip_cosines(tokens, self.references["encoder"])
+            figures = {"mean_cosine": float(cosines.mean()), "worst_cosine": float(cosines.min())}
+            for figure, gate in (("mean_cosine", MEAN_COSINE), ("worst_cosine", WORST_COSINE)):
+                if not figures[figure] >= gate[self.asked[name]]:
+                    self._fail(
+                        name, f"{figure} {figures[figure]:.5f} on held-out clips, the gate is {gate[self.asked[name]]}"
+                    )
+        else:
+            losses = perplexity.token_losses(engine, self.table, self.held_out_windows.reshape(-1), WINDOW)
+            increase, sure = perplexity.cost(self.references["decoder"], losses)
+            figures = {"perplexity": perplexity.perplexity(losses), "perplexity_increase": increase}
+            if np.isfinite(sure):
+                figures["perplexity_increase_95"] = sure
+            if not increase <= PERPLEXITY[self.asked[name]]:
+                self._fail(
+                    name,
+                    f"perplexity on held-out text rises {increase:.2%}, its gate is {PERPLEXITY[self.asked[name]]:.1%}",
+                )
+        return {figure: float(f"{value:.6g}") for figure, value in figures.items()}
+
+    @property
+    def table(self) -> NDArray[np.float32]:
+        """Token embeddings as the package stores them."""
+        return embedding_table(self.artifact, self.asked["decoder"]).astype(np.float32)
+
+    def _fail(self, name: GraphName, what: str) -> None:
+        worst = sorted(self.costs.get(name, {}).items(), key=lambda item: -item[1])
+        worst = [(layer, cost) for layer, cost in worst if layer not in self.kept.get(name, {})][:3]
+        costly = ", ".join(f"{layer} ({cost:.2g})" for layer, cost in worst)
+        message = f"{name} in {self.asked[name]}: {what}" + (f"; costliest layers: {costly}" if costly else "")
+        if not self.allow_drift:
+            raise GateError(f"{message}; calibrate on clips like those it will see, or accept it with --allow-drift")
+        self.allowed.append(message)
+
+
+def embedding_table(artifact: Artifact, asked: Asked) -> NDArray:
+    table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
+    return table if asked == "fp32" else table.astype(np.float16)
+
+
+def _clip_cosines(tokens: NDArray, reference: NDArray) -> NDArray[np.float64]:
+    a, b = tokens.astype(np.float64), reference.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return ((a * b).sum(-1) / np.maximum(norms, 1e-300)).mean(axis=-1)
+
+
+def prepare(
+    artifact: Artifact,
+    asked: dict[GraphName, Asked],
+    target: Target,
+    sources: list[Path],
+    cache: Path | None,
+    method: str,
+    allow_drift: bool,
+    scratch: Path,
+    step: Step,
+) -> Lowering:
+    """Exports the reference graphs, observes them on calibration data, and decides which layers stay out of INT8.
+
+    Args:
+        sources: videos, folders, saved clips (.npy), and text files (.txt).
+        cache: read if it exists, else written.
+        method: a key of `ranges.METHODS`.
+        scratch: folder for the reference graphs.
+        step: announces a step; what it returns is told the progress.
+
+    Raises:
+        InputError: no or unusable sources, or a cache from other graphs.
+    """
+    encoder_config = artifact.encoder.config
+    shape = encoder_config.clip_length, encoder_config.vit.image_size
+    graphs: dict[GraphName, Path] = {"encoder": scratch / "encoder.onnx", "decoder": scratch / "decoder.onnx"}
+    for name, graph in graphs.items():
+        with step(f"export the {name} as the FP32 reference"), WeightsFile(graph.with_suffix(".data")) as weights:
+            traced = (
+                trace_encoder(artifact.encoder, "fused")
+                if name == "encoder"
+                else trace_decoder(artifact.decoder, "fused")
+            )
+            weights.save(traced, graph)
+            del traced
+    hashes: dict[str, str] = {}
+    for name, graph in graphs.items():
+        hashes[name] = calibrate.hash_graph(graph, graph.with_suffix(".data"))
+    texts = [source for source in sources if source.suffix.lower() == ".txt"]
+    videos = [source for source in sources if source not in texts]
+    calibrations: dict[str, calibrate.Calibration] = {}
+    if cache is not None and cache.exists():
+        if videos:
+            raise InputError(
+                f"{cache}: exists already, so clips are not needed; leave out --calib, or name a new cache"
+            )
+        clips, calibrations = calibrate.load_cache(cache, hashes)
+        if clips.shape[1:4] != (shape[0], *shape[1]):
+            raise InputError(
+                f"{cache}: holds clips {clips.shape}, the model takes {shape}; calibrate again with --calib"
+            )
+    elif videos:
+        with step("read calibration clips") as progress:
+            clips = read_calibration_clips(videos, *shape, CLIPS, progress=lambda done: progress(done, CLIPS))
+    else:
+        raise InputError(
+            f"precision {' and '.join(asked.values())} needs calibration clips and none were given; name videos like "
+            "those the model will see: --calib VIDEO|FOLDER ..."
+        )
+    lowering = Lowering(
+        artifact, asked, target, method, allow_drift, scratch, clips, np.empty((0, WINDOW), np.int64), calibrations
+    )
+    engines = {}
+    for name, graph in graphs.items():
+        engines[name] = compile_onnxruntime.compile_graph(
+            graph, scratch / f"{name}.engine.onnx", "CPUExecutionProvider"
+        )[0]
+    with step("text for the decoder") as progress:
+        lowering.windows = _windows(artifact, texts, engines["decoder"], lowering.table, progress)
+    with step("encode clips in FP32") as progress:
+        encoder = OrtEncoder(engines["encoder"])
+        lowering.references["encoder"] = np.concatenate([encoder.encode(clip[None]) for clip in lowering.held_out])
+        used = _calibrating(clips)
+        tokens = np.concatenate([encoder.encode(clip[None]) for clip in used[: 2 * PROMPT_CLIPS]])
+        del encoder
+    with step("perplexity of held-out text in FP32"):
+        ids = lowering.held_out_windows.reshape(-1)
+        lowering.references["decoder"] = perplexity.token_losses(engines["decoder"], lowering.table, ids, WINDOW)
+    feeds = lowering.feeds = {
+        "encoder": [{"frames": clip[None]} for clip in used],
+        "decoder": _decoder_feeds(artifact, graphs["decoder"], tokens, _calibrating(lowering.windows), lowering.table),
+    }
+    if not calibrations:
+        for name, graph in graphs.items():
+            with step(f"calibrate the {name}") as progress:
+                total = len(feeds[name])
+                lowering.calibrations[name] = calibrate.calibrate(
+                    graph,
+                    feeds[name],
+                    scratch,
+                    lambda done, total=total: progress(done, total),  # type: ignore[misc]
+                )
+        if cache is not None:
+            calibrate.save_cache(cache, clips, hashes, lowering.calibrations)
+    for name, graph in graphs.items():
+        if asked[name] == "int8":
+            with step(f"sensitivity of the {name}'s layers") as progress:
+                lowering.scan(name, graph, feeds[name][-SCAN_FEEDS:], progress)
+    return lowering
+
+
+def _calibrating(items: NDArray) -> NDArray:
+    """What is not held out; everything, where there is only one."""
+    kept = np.arange(len(items)) % HELD_OUT_EVERY != 0
+    return items[kept] if kept.any() else items
+
+
+def _windows(
+    artifact: Artifact,
+    texts: list[Path],
+    decoder: Path,
+    table: NDArray[np.float32],
+    progress: Progress,
+) -> NDArray[np.int64]:
+    """Token ids (n, WINDOW) of the given text, or of text that the decoder writes."""
+    if not texts:
+        return _own_text(artifact, OrtDecoder(decoder, capacity=WINDOW), table, progress)
+    ids: list[int] = []
+    for path in texts:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
+        ids += artifact.text.tokenizer.encode(text, add_special_tokens=False).ids
+    count = min(len(ids) // WINDOW, WINDOWS)
+    if count < 2:
+        raise InputError(f"{texts[0]}: {len(ids)} tokens of text, at least {2 * WINDOW} are needed; give more text")
+    return np.array(ids[: count * WINDOW], np.int64).reshape(count, WINDOW)
+
+
+def _own_text(
+    artifact: Artifact, decoder: OrtDecoder, table: NDArray[np.float32], progress: Progress
+) -> NDArray[np.int64]:
+    """Sampled from the decoder at temperature 1, which is text as it expects it; each window starts with a token drawn
+    from the vocabulary and goes on over ends of turn."""
+    draw = np.random.default_rng(0)
+    windows = np.empty((OWN_WINDOWS, WINDOW), np.int64)
+    for number, window in enumerate(windows):
+        decoder.rewind(0)
+        window[0] = draw.integers(len(table))
+        for position in range(1, WINDOW):
+            logits = decoder.forward(table[window[position - 1 : position]]).astype(np.float64)
+            window[position] = int(np.argmax(logits + draw.gumbel(size=logits.shape)))
+        progress(number + 1, OWN_WINDOWS)
+    return windows
+
+
+def _decoder_feeds(
+    artifact: Artifact, graph: Path, tokens: NDArray[np.float32], windows: NDArray[np.int64], table: NDArray[np.float32]
+) -> list[Feed]:
+    """Prompts about clips, then windows of text, each into empty caches."""
+    encode = artifact.text.tokenizer.encode
+    around = [
+        encode(text, add_special_tokens=False).ids
+        for text in (artifact.prompt.unit_prefix, artifact.prompt.unit_suffix)
+    ]
+    prefix, suffix = (table[np.array(ids, np.int64)] for ids in around)
+    prompts = []
+    units = tokens.reshape(-1, artifact.encoder.tokens_per_clip // artifact.encoder.units_per_clip, tokens.shape[-1])
+    per_prompt = PROMPT_CLIPS * artifact.encoder.units_per_clip
+    for start in range(0, len(units), per_prompt):
+        prompts.append(
+            np.concatenate([part for unit in units[start : start + per_prompt] for part in (prefix, unit, suffix)])
+        )
+    prompts += [table[window] for window in windows]
+    return [_into_empty_caches(artifact, prompt) for prompt in prompts]
+
+
+def _into_empty_caches(artifact: Artifact, prompt: NDArray[np.float32]) -> Feed:
+    config = artifact.decoder.config
+    shape = 1, config.num_key_value_heads, len(prompt), config.head_dim
+    feed: Feed = {"inputs_embeds": prompt[None].astype(np.float32), "write_index": np.zeros(1, np.int64)}
+    return feed | {name: np.zeros(shape, np.float32) for name in cache_names(config.num_hidden_layers)}

@@ -1,0 +1,138 @@
+"""Tiny graphs in both dialects, feeds for them, and what runs a graph in memory."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from liteframe.calib.observe import observe
+
+
+@pytest.fixture(scope="session")
+def tiny_graphs(tiny_artifact, tmp_path_factory):
+    """(name, dialect) -> path of the graph in FP32, its weights beside it; tests leave them as they are.
+
+    encoder, decoder: of the tiny artifact. wide: a decoder whose layers INT4 blocks fit, with biases for Q, K and V.
+    """
+    import torch
+    from liteframe.export.artifact import load_artifact
+    from liteframe.export.models.decoder import Decoder, DecoderConfig
+    from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
+
+    config = DecoderConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        vocab_size=50,
+        max_position_embeddings=64,
+        qkv_bias=True,
+    )
+    torch.manual_seed(0)
+    wide = Decoder(config)
+    for parameter in wide.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    artifact, folder = load_artifact(tiny_artifact), tmp_path_factory.mktemp("graphs")
+    modules = {"encoder": artifact.encoder, "decoder": artifact.decoder, "wide": wide}
+    paths = {}
+    for name, module in modules.items():
+        trace = trace_encoder if name == "encoder" else trace_decoder
+        with WeightsFile(folder / f"{name}.data") as weights:
+            for dialect in ("fused", "plain"):
+                paths[name, dialect] = folder / f"{name}.{dialect}.onnx"
+                weights.save(trace(module, dialect), paths[name, dialect])
+    return paths
+
+
+@pytest.fixture(params=product(("encoder", "decoder", "wide"), ("fused", "plain")), ids="-".join)
+def key(request):
+    """(name, dialect) of each tiny graph in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def observed(tiny_graphs, feeds):
+    """(name, dialect) -> what `observe` sees of a tiny graph's feeds."""
+    return {key: observe(path, feeds[key]) for key, path in tiny_graphs.items()}
+
+
+@pytest.fixture(scope="session")
+def feeds(tiny_graphs):
+    """(name, dialect) -> three calls of the graph, decoders' into empty caches."""
+    made = {}
+    for (name, dialect), path in tiny_graphs.items():
+        rng = np.random.default_rng(0)
+        sizes = {"clips": 2, "sequence": 7, "past": 0, "capacity": 16}
+        made[name, dialect] = []
+        for _ in range(3):
+            feed = {}
+            for value in ir.load(path).graph.inputs:
+                shape = [size if isinstance(size, int) else sizes[size.value] for size in value.shape]
+                if "cache" in value.name or value.name == "write_index":
+                    feed[value.name] = np.zeros(shape, value.dtype.numpy())
+                elif value.dtype == ir.DataType.FLOAT:
+                    feed[value.name] = rng.normal(size=shape).astype(np.float32)
+                else:
+                    feed[value.name] = rng.integers(0, 256, shape, np.uint8)
+            made[name, dialect].append(feed)
+    return made
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Runs a graph, a file or in memory, and returns the values asked for; the outputs, unless told otherwise."""
+
+    def run(model, feed, values=(), level=ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        model = ir.load(model) if isinstance(model, Path) else model
+        ir.external_data.load_to_model(model)
+        proto = ir.to_proto(model)
+        have = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in have)
+        options = ort.SessionOptions()
+        options.log_severity_level, options.graph_optimization_level = 4, level
+        session = ort.InferenceSession(proto.SerializeToString(), options)
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        fed = {i.name: feed[i.name].astype(kinds.get(i.type, feed[i.name].dtype)) for i in session.get_inputs()}
+        names = values or [value.name for value in session.get_outputs()]
+        return dict(zip(names, session.run(names, fed), strict=True))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def answers(run):
+    """What a graph puts out, one call after the other; a decoder goes on with the caches that it wrote itself, which
+    are its own affair."""
+
+    def answers(model, calls):
+        made, state = [], {}
+        for done, feed in enumerate(calls):
+            length = next(iter(feed.values())).shape[1]
+            now = feed | state | ({"write_index": np.array([done * length])} if "write_index" in feed else {})
+            results = run(model, now)
+            made.append(next(iter(results.values())))
+            state = {name.removesuffix("_out"): cache for name, cache in results.items() if name.endswith("_out")}
+        return np.concatenate(made)
+
+    return answers
+
+
+@pytest.fixture
+def edited(tiny_graphs, tmp_path):
+    """Writes the tiny graph of (name, dialect) with some weights changed, each by a function of its array."""
+
+    def edit(key, weights):
+        model = ir.load(tiny_graphs[key])
+        ir.external_data.load_to_model(model)
+        for weight, change in weights.items():
+            value = model.graph.initializers[weight]
+            value.const_value = ir.tensor(change(value.const_value.numpy().copy()), name=weight)
+        ir.save(model, tmp_path / "edited.onnx")
+        return tmp_path / "edited.onnx"
+
+    return edit
