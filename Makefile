@@ -32,6 +32,7 @@ bench: $(READY)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	$(BIN)/python bench/encoder_cpu.py
 	$(BIN)/python bench/prefill_cpu.py
+	$(BIN)/python bench/int8_cpu.py
 
 # LiteFrame-B at 448 px with a decoder of Qwen2.5-0.5B's shape, random weights, built for the CPU and for SM80
 bench-build: $(READY)

@@ -8,10 +8,12 @@ FP16    Every floating-point tensor is FP16, except islands of FP32:
         pixels      their normalisation, before the first product
         range       whatever the audit found beyond FP16_LIMIT: a node that computes or reads such a value
         The weights of WeightedAveragePool are FP32 inside the operator's body.
-INT8    Every product with a matrix of weights (a linear layer), except those named in `kept` and the patch embedding:
-        rounding pixels anew costs as much as all layers behind it together. Its activation is
+INT8    Every product with a matrix of weights (a linear layer), except those named in `kept`. Its activation is
         quantised per tensor, its weights per output channel, symmetric. All else, attention's products and
         DepthwiseTemporalConv among it, stays in the precision beside it: FP16, on CPUs FP32.
+        Pixels are integers already: where UINT8 is taken, the patch embedding multiplies them as they are, their
+        normalisation moved into its weights. Elsewhere it is left out, for rounding pixels anew costs as much as all
+        layers behind it together.
         A layer of which only one position is wanted, the language model's head, waits for its weights, not for
         arithmetic: only they are INT8. So it is with the decoder's layers in `kept`.
 WEIGHTS Only the weights of every linear layer: INT8 per output channel, or INT4 in blocks of INT4_BLOCK along
@@ -67,6 +69,7 @@ def plan(
     largest: Mapping[str, float],
     kept: Mapping[str, str] | None = None,
     weights_of_kept: bool = False,
+    signed: bool = True,
 ) -> Plan:
     """The plan for an FP32 graph.
 
@@ -76,20 +79,21 @@ def plan(
         largest: value -> its largest absolute value over the calibration clips. Values that are missing count as small.
         kept: linear layers that cost too much, with the reason.
         weights_of_kept: whether at least their weights are quantised.
+        signed: whether activations become INT8 with zero point 0, as TensorRT takes them, or UINT8.
     """
     nodes = [node for node in model.graph if any(is_float(value) for value in node.outputs)]
     made = Plan(types={str(node.name): beside for node in nodes})
     if beside == "fp16":
         made.islands = _islands(model, nodes, largest)
         made.types |= dict.fromkeys(made.islands, "fp32")
-    pixels = _pixels(model)
+    pixels = pixel_nodes(model)
     for layer in linear_layers(model):
         name, head = str(layer.name), layer.op_type == "Gemm"
         if quantise in ("fp32", "fp16"):
             break
         activation, weight = layer.inputs
         assert activation is not None and weight is not None and weight.shape is not None
-        if activation.producer() in pixels:
+        if activation.producer() in pixels and (signed or quantise != "int8"):
             made.kept[name] = "pixels"
         elif kept is not None and name in kept:
             made.kept[name] = kept[name]
@@ -108,7 +112,7 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
     found: dict[str, str] = {}
     norms = {module(node) for node in nodes if node.op_type in (*NORMS, *NORM_PARTS)}
     angles = _before([node for node in nodes if node.op_type in ("Cos", "Sin")])
-    pixels = _pixels(model)
+    pixels = pixel_nodes(model)
     for node in nodes:
         over = [v for v in (*node.outputs, *node.inputs) if v is not None and _largest(v, largest) > FP16_LIMIT]
         if module(node) in norms:
@@ -153,7 +157,7 @@ def _feeds_only(node: ir.Node, operator: str) -> bool:
     return all(user.op_type == operator for value in node.outputs for user, _ in value.uses())
 
 
-def _pixels(model: ir.Model) -> set[ir.Node]:
+def pixel_nodes(model: ir.Model) -> set[ir.Node]:
     """What happens to pixels before the first operator that mixes them."""
     seen: set[ir.Node] = set()
     waiting = [user for v in model.graph.inputs if v.dtype == ir.DataType.UINT8 for user, _ in v.uses()]

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, same_type
+from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, pixel_nodes, same_type
 from .ranges import asymmetric, symmetric
 
 TYPES: dict[Type, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
@@ -41,8 +41,14 @@ def apply(
     _retype(model, placement.types, caches)
     layers = {str(node.name): node for node in linear_layers(model)}
     made: dict[tuple[str, tuple[float, float]], ir.Value] = {}
+    pixels = pixel_nodes(model)
     for name in placement.int8:
-        _quantise(model, layers[name], ranges[name], signed_activations, made)
+        activation = layers[name].inputs[0]
+        assert activation is not None
+        if activation.producer() in pixels:
+            _multiply_pixels(model.graph, layers[name])
+        else:
+            _quantise(model, layers[name], ranges[name], signed_activations, made)
     for name, bits in placement.weights.items():
         _quantise_weights(model.graph, layers[name], bits)
     model.graph.sort()
@@ -151,6 +157,62 @@ def _quantise(
         made[key] = _quantised_activation(model.graph, activation, bounds, signed, beside)
     layer.replace_input_with(0, made[key])
     layer.replace_input_with(1, _quantised_weight(model.graph, layer, quantised, scale))
+
+
+def _multiply_pixels(graph: ir.Graph, layer: ir.Node) -> None:
+    """((pixels - mean) / std) W + b  ->  pixels (W / std) + (b - mean / std W), pixels as the UINT8 that they are."""
+    chain: list[ir.Node] = []
+    node = layer.inputs[0].producer()  # type: ignore[union-attr]
+    while node is not None:
+        chain.insert(0, node)
+        node = node.inputs[0].producer()  # type: ignore[union-attr]
+    constants = {n.op_type: n.inputs[1].const_value.numpy() for n in chain if n.op_type in ("Sub", "Div")}  # type: ignore[union-attr]
+    matrix = layer.inputs[1].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+    mean, std = (np.tile(constants[op].reshape(-1), len(matrix) // 3) for op in ("Sub", "Div"))
+    matrix = matrix / std[:, None]
+    _add_to_bias(graph, layer, -(mean @ matrix))
+    value = chain[0].inputs[0]
+    for node in chain:
+        if node.op_type in ("Reshape", "Transpose"):
+            node.replace_input_with(0, value)
+            value = node.outputs[0]
+            value.dtype = ir.DataType.UINT8
+    assert value is not None
+    name = f"{value.name}_DequantizeLinear"
+    one = _weight(graph, f"{value.name}_scale", np.array(1, np.float32))
+    zero = _weight(graph, f"{value.name}_zero_point", np.array(0, np.uint8))
+    dequantise = ir.node("DequantizeLinear", [value, one, zero], name=name)
+    out = dequantise.outputs[0]
+    out.name, out.dtype, out.shape = name, ir.DataType.FLOAT, value.shape
+    graph.insert_before(layer, dequantise)
+    layer.replace_input_with(0, out)
+    scale = _representable(np.abs(matrix).max(axis=0) / 127, np.dtype(np.float32))
+    quantised = np.clip(np.rint(matrix / scale), -127, 127).astype(np.int8)
+    layer.replace_input_with(1, _quantised_weight(graph, layer, quantised, scale))
+    for node in reversed(chain):
+        if not any(output.uses() for output in node.outputs):
+            graph.remove(node, safe=True)
+
+
+def _add_to_bias(graph: ir.Graph, layer: ir.Node, bias: NDArray) -> None:
+    users = [user for user, _ in layer.outputs[0].uses()]
+    add = users[0] if len(users) == 1 and users[0].op_type == "Add" else None
+    position = None
+    if add is not None:
+        vectors = (i for i, v in enumerate(add.inputs) if v is not None and v.is_initializer())
+        position = next((i for i in vectors if len(add.inputs[i].shape) == 1), None)  # type: ignore[union-attr,arg-type]
+    if add is not None and position is not None:
+        before = add.inputs[position].const_value.numpy()  # type: ignore[union-attr]
+        add.replace_input_with(position, _weight(graph, f"{add.name}:pixels", (before + bias).astype(np.float32)))
+        return
+    product = layer.outputs[0]
+    added = ir.node("Add", [product, _weight(graph, f"{layer.name}:pixels", bias.astype(np.float32))])
+    added.name = f"{layer.name}_Add"
+    out = added.outputs[0]
+    out.name, out.type, out.shape = added.name, same_type(product), product.shape
+    product.replace_all_uses_with(out)
+    added.replace_input_with(0, product)
+    graph.insert_after(layer, added)
 
 
 def _is_lopsided(low: float, high: float) -> bool:

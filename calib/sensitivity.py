@@ -76,7 +76,8 @@ def scan(
     for done, group in enumerate(groups, start=1):
         candidate = ir.load(graph)
         others = dict.fromkeys(every - set(group), "")
-        apply(candidate, plan(candidate, "fp32", "int8", {}, others), ranges, signed_activations)
+        alone = plan(candidate, "fp32", "int8", {}, others, signed=signed_activations)
+        apply(candidate, alone, ranges, signed_activations)
         costs |= dict.fromkeys(group, cost(reference, run(candidate)))
         if progress is not None:
             progress(done, len(groups))

@@ -114,8 +114,9 @@ class Lowering:
         if dialect == "plain":  # whose attention is written out, with values that the reference does not have
             largest = self._audit(name, model)
         beside: placement.Type = "fp32" if self.on_cpu and asked != "fp16" else "fp16"
-        plan = placement.plan(model, beside, asked, largest, self.kept.get(name), weights_of_kept=name == "decoder")
-        rewrite.apply(model, plan, self._ranges(name), signed_activations=not self.on_cpu)
+        kept, signed = self.kept.get(name), not self.on_cpu
+        plan = placement.plan(model, beside, asked, largest, kept, weights_of_kept=name == "decoder", signed=signed)
+        rewrite.apply(model, plan, self._ranges(name), signed_activations=signed)
         return [
             *(Kept(node=node, type="fp32", reason=why) for node, why in plan.islands.items()),
             *(Kept(node=node, type=beside, reason=why) for node, why in plan.kept.items()),

@@ -54,7 +54,7 @@ def little_text(monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "decoder", "products"),
-    [("fp16", None, 0), ("int8", None, 11 + 15), ("fp16", "int8-weights", 15), ("fp16", "int4-weights", 15)],
+    [("fp16", None, 0), ("int8", None, 12 + 15), ("fp16", "int8-weights", 15), ("fp16", "int4-weights", 15)],
 )
 def test_a_cpu_package_computes_what_was_asked_for_and_answers(built, asked, decoder, products):
     made = built("cpu", asked, decoder)
