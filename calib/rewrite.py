@@ -148,8 +148,7 @@ def _quantise(
     if layer.op_type == "Gemm":  # the same product with the weights the other way round
         layer = _as_matmul(model.graph, layer)
         matrix = np.ascontiguousarray(matrix.T)
-    scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
-    quantised = np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8)
+    quantised, scale = _int8_channels(matrix, beside)
     if signed and _is_lopsided(*bounds) and (bias := _own_bias(activation, layer)) is not None:
         activation, bounds = _centre(model.graph, activation, bounds, layer, quantised * scale, bias)
     key = str(activation.name), bounds
@@ -186,9 +185,7 @@ def _multiply_pixels(graph: ir.Graph, layer: ir.Node) -> None:
     out.name, out.dtype, out.shape = name, ir.DataType.FLOAT, value.shape
     graph.insert_before(layer, dequantise)
     layer.replace_input_with(0, out)
-    scale = _representable(np.abs(matrix).max(axis=0) / 127, np.dtype(np.float32))
-    quantised = np.clip(np.rint(matrix / scale), -127, 127).astype(np.int8)
-    layer.replace_input_with(1, _quantised_weight(graph, layer, quantised, scale))
+    layer.replace_input_with(1, _quantised_weight(graph, layer, *_int8_channels(matrix, np.dtype(np.float32))))
     for node in reversed(chain):
         if not any(output.uses() for output in node.outputs):
             graph.remove(node, safe=True)
@@ -309,9 +306,7 @@ def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int) -> None:
         layer = _as_matmul(graph, layer)
         matrix = np.ascontiguousarray(matrix.T)
     if bits == 8:
-        scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
-        quantised = np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8)
-        layer.replace_input_with(1, _quantised_weight(graph, layer, quantised, scale))
+        layer.replace_input_with(1, _quantised_weight(graph, layer, *_int8_channels(matrix, beside)))
         return
     quantised, scale = _int4_blocks(matrix, beside)
     name = str(layer.name)
@@ -326,6 +321,12 @@ def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int) -> None:
     out.name, out.dtype, out.shape = node.name, ir.DataType.from_numpy(scale.dtype), ir.Shape(matrix.shape)
     graph.insert_before(layer, node)
     layer.replace_input_with(1, out)
+
+
+def _int8_channels(matrix: NDArray, beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
+    """Integers from -127 to 127 (K, N) and scales (N,), in the type beside them."""
+    scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
+    return np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8), scale
 
 
 def _int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:

@@ -64,9 +64,9 @@ def prove_network(graph: Path, layers: Iterable[tuple[str, str]]) -> Proof:
 def prove_onnxruntime(graph: Path, engine: Path) -> Proof:
     """The proof for a graph that ONNX Runtime has optimised."""
     asked, made = _load(graph), _load(engine)
-    found = Counter(kind for kind in _types(made).values() if kind in _NAMES.values())
-    wrong = []
     types = _types(made)
+    found = Counter(types.values())
+    wrong = []
     for value, kind in _types(asked).items():
         if kind in _FLOATS and types.get(value, kind) != kind:
             wrong.append(f"{value}: {kind} asked for, computed in {types[value]}")
@@ -91,7 +91,7 @@ def integer_layers(model: onnx.ModelProto) -> list[str]:
     return [
         node.name
         for node in model.graph.node
-        if node.op_type == "MatMul" and node.input[1] in makers and _is_dequantised(makers[node.input[1]])
+        if node.op_type == "MatMul" and node.input[1] in makers and makers[node.input[1]].op_type == "DequantizeLinear"
     ]
 
 
@@ -99,10 +99,6 @@ def _load(path: Path) -> onnx.ModelProto:
     import onnx
 
     return onnx.load(path, load_external_data=False)
-
-
-def _is_dequantised(node: onnx.NodeProto) -> bool:
-    return node.op_type == "DequantizeLinear"
 
 
 def _asked(model: onnx.ModelProto) -> dict[str, frozenset[str]]:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,7 +185,7 @@ class Lowering:
                 )
         return {figure: float(f"{value:.6g}") for figure, value in figures.items()}
 
-    @property
+    @cached_property
     def table(self) -> NDArray[np.float32]:
         """Token embeddings as the package stores them."""
         return embedding_table(self.artifact, self.asked["decoder"]).astype(np.float32)
