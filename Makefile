@@ -16,8 +16,9 @@ $(READY): pyproject.toml CMakeLists.txt
 demo: $(READY)
 	$(BIN)/python examples/demo.py build/demo
 
+# two workers, whatever the machine: each holds several GB
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,6 +34,8 @@ bench: $(READY)
 	$(BIN)/python bench/encoder_cpu.py
 	$(BIN)/python bench/prefill_cpu.py
 	$(BIN)/python bench/int8_cpu.py
+	$(BIN)/python bench/calibration_memory.py
+	$(BIN)/python bench/accuracy.py
 
 # LiteFrame-B at 448 px with a decoder of Qwen2.5-0.5B's shape, random weights, built for the CPU and for SM80
 bench-build: $(READY)

@@ -26,7 +26,6 @@ import torch
 from encoder_cpu import stock_export
 from liteframe.calib import calibrate, placement, rewrite
 from liteframe.calib.ranges import choose_range
-from liteframe.calib.smooth import smooth
 from liteframe.engines import proof
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.engines.targets import TARGETS
@@ -60,7 +59,7 @@ def encoder(folder: Path, rounds: int, threads: int) -> None:
     calibration = calibrate.calibrate(graph, [{"frames": frames}], folder)
     with WeightsFile(folder / "int8.data") as weights:
         model = ir.load(graph)
-        smooth(model, calibration.channels)
+        calibrate.even_out(model, calibration.channels)
         plan = placement.plan(model, "fp32", "int8", calibration.observation.largest)
         histograms = calibration.observation.histograms
         ranges = {name: choose_range(histogram, "minmax") for name, histogram in histograms.items()}

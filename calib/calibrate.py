@@ -1,7 +1,7 @@
 """What calibration learns of a graph, and the file that keeps it.
 
     graph, feeds ──▶ channels of the first feeds ──▶ smoothed graph ──▶ one pass over all feeds ──▶ Calibration
-                                                                                  └──▶ FILE.safetensors and back
+                                                     outliers apart                    └──▶ FILE.safetensors and back
 
 The cache is a safetensors file:
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from ..engines.package import InputError, hash_file
 from .observe import Feed, Observation, observe, observe_channels
+from .outliers import set_apart
 from .ranges import Histogram
 from .smooth import smooth
 
@@ -42,11 +43,16 @@ class Calibration:
     """
     Attributes:
         channels: linear layer -> largest absolute value of each channel of its activation.
-        observation: of the graph after `smooth` with these channels.
+        observation: of the graph after `even_out` with these channels.
     """
 
     channels: dict[str, NDArray[np.float32]]
     observation: Observation
+
+
+def even_out(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> list[str]:
+    """Prepares an FP32 graph for INT8 activations, in place: `smooth`, then `set_apart`, whose layers it returns."""
+    return set_apart(model, smooth(model, channels))
 
 
 def calibrate(
@@ -61,7 +67,7 @@ def calibrate(
     """
     channels = observe_channels(graph, feeds[:SMOOTHING_FEEDS])
     model = ir.load(graph)
-    smooth(model, channels)
+    even_out(model, channels)
     smoothed = scratch / f"{graph.stem}.smooth.onnx"
     ir.save(model, smoothed, external_data=f"{graph.stem}.smooth.data")
     observation = observe(smoothed, feeds, progress)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import cv2
 import jinja2
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .bisect import Bisection
 from .layers import BROKEN_COSINE, BROKEN_SNR_DB, LayerDrift, first_broken
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 360, 60, 20, 30, 50  # of a curve and its margins, pixels
@@ -53,11 +55,17 @@ class Curve:
     marks: list[Mark]
 
 
-def write_report(folder: Path, title: str, graphs: Mapping[str, Sequence[LayerDrift]]) -> None:
+def write_report(
+    folder: Path,
+    title: str,
+    graphs: Mapping[str, Sequence[LayerDrift]],
+    bisections: Mapping[str, Bisection] = MappingProxyType({}),
+) -> None:
     """Writes drift.html and, for each graph, drift-NAME.png into a folder, which is made where it is missing.
 
     Args:
         graphs: name -> its rows in network order, at least one.
+        bisections: name -> what to keep in higher precision, where that was looked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     curves = {name: _lay_out(rows) for name, rows in graphs.items()}
@@ -66,12 +74,15 @@ def write_report(folder: Path, title: str, graphs: Mapping[str, Sequence[LayerDr
         (folder / f"drift-{name}.png").write_bytes(png.tobytes())
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    content = page.render(globals(), title=title, graphs=graphs, curves=curves)
+    content = page.render(globals(), title=title, graphs=graphs, curves=curves, bisections=bisections)
     (folder / "drift.html").write_text(content, encoding="utf-8")
 
 
-def print_report(graphs: Mapping[str, Sequence[LayerDrift]]) -> None:
-    """Of each graph, the first value that is broken and the modules that drift most, each by its worst value."""
+def print_report(
+    graphs: Mapping[str, Sequence[LayerDrift]], bisections: Mapping[str, Bisection] = MappingProxyType({})
+) -> None:
+    """Of each graph, the first value that is broken and the modules that drift most, each by its worst value; then the
+    modules to keep."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     for name, rows in graphs.items():
         console.print(f"\n{name}: {len(rows)} values, {escape(summary(rows))}", soft_wrap=True)
@@ -83,6 +94,13 @@ def print_report(graphs: Mapping[str, Sequence[LayerDrift]]) -> None:
             figures = f"{row.cosine:.6f}", f"{row.max_abs_error:.3g}", decibels(row.snr_db)
             table.add_row(str(rows.index(row) + 1), escape(row.module), row.operator, *figures)
         console.print(table)
+        if name in bisections:
+            console.print(f"\n{name}: {verdict(bisections[name])}", soft_wrap=True)
+            if bisections[name].kept:
+                table = Table("", "module to keep", "cost alone", box=None, padding=(0, 1))
+                for number, kept in enumerate(bisections[name].kept or (), start=1):
+                    table.add_row(str(number), escape(kept.module), f"{kept.cost:.3g}")
+                console.print(table)
 
 
 def summary(rows: Sequence[LayerDrift]) -> str:
@@ -91,6 +109,25 @@ def summary(rows: Sequence[LayerDrift]) -> str:
         return f"none below {BROKEN_SNR_DB:g} dB or cosine {BROKEN_COSINE:g}"
     figures = f"{decibels(broken.snr_db)} dB, cosine {broken.cosine:.6f}"
     return f"the first that breaks is number {rows.index(broken) + 1}, {broken.value}: {figures}"
+
+
+def verdict(bisection: Bisection) -> str:
+    def values(figures: Mapping[str, float]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {figures[name]:.5f}" for name in bisection.gate)
+
+    gate = f"the gate of {bisection.asked} ({values(bisection.gate)})"
+    if bisection.kept is None:
+        return (
+            f"{gate} does not hold even with all {bisection.modules} modules kept in higher precision "
+            f"({values(bisection.after)}; as it is {values(bisection.before)})"
+        )
+    if not bisection.kept:
+        return f"{gate} holds as it is ({values(bisection.before)}); nothing has to be kept in higher precision"
+    return (
+        f"{gate} does not hold as it is ({values(bisection.before)}); it does with {len(bisection.kept)} of "
+        f"{bisection.modules} modules kept in higher precision ({values(bisection.after)}), and without any one of "
+        f"them it does not; {bisection.runs} runs"
+    )
 
 
 def decibels(snr: float) -> str:

@@ -72,7 +72,7 @@ def compare_graphs(
         InputError: a file is no ONNX graph or can't be run, the inputs differ, or no value is in both.
     """
     graphs, feeds = (LayerGraph.load(reference), LayerGraph.load(candidate)), list(feeds)
-    _check_inputs(*graphs, feeds)
+    check_inputs(*graphs, feeds)
     groups = list(_groups(*graphs, feeds[0]))
     worst: dict[str, Figures] = {}
     for number, names in enumerate(groups):
@@ -174,21 +174,27 @@ class LayerGraph:
         """Value -> array, for each feed."""
         session = self.open(values)
         for feed in feeds:
-            inputs = {
-                str(v.name): feed[str(v.name)].astype(v.dtype.numpy()) for v in self.model.graph.inputs if v.dtype
-            }
-            try:
-                arrays = session.run(None, inputs)
-            except Exception as error:
-                raise self._refused(error) from None
-            yield dict(zip(values, arrays, strict=True))
-            del arrays  # before the next run
+            yield dict(zip(values, self.run(session, feed), strict=True))
+
+    def run(self, session: ort.InferenceSession, feed: Feed) -> list[NDArray]:
+        """The outputs of a session that `open` gave."""
+        inputs = {
+            str(v.name): feed[str(v.name)].astype(v.dtype.numpy(), copy=False)
+            for v in self.model.graph.inputs
+            if v.dtype
+        }
+        try:
+            arrays: list[NDArray] = session.run(None, inputs)
+        except Exception as error:
+            raise self._refused(error) from None
+        return arrays
 
     def _refused(self, error: Exception) -> InputError:
         return InputError(f"{self.path}: ONNX Runtime {ort.__version__} cannot run it: {' '.join(str(error).split())}")
 
 
-def _check_inputs(reference: LayerGraph, candidate: LayerGraph, feeds: Sequence[Feed]) -> None:
+def check_inputs(reference: LayerGraph, candidate: LayerGraph, feeds: Sequence[Feed]) -> None:
+    """Raises InputError unless both graphs take the same inputs, and each feed has them all."""
     ours, theirs = reference.inputs(), candidate.inputs()
     for name in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(name, "not there"), theirs.get(name, "not there")

@@ -17,7 +17,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from .placement import is_float, linear_layers, same_type
+from ..engines.graph_edits import output_like
+from .placement import is_float, linear_layers
 from .ranges import Histogram
 
 Feed = dict[str, NDArray]
@@ -52,6 +53,7 @@ def observe(
     model = ir.load(graph)
     layers = layers_by_activation(model) if histograms_too else {}
     histograms = {value: Histogram() for value in layers}
+    unused = _unused_channels(model)
     extremes = _add_extremes(model)
     session = open_tapped(model, graph.parent, [*histograms, *extremes])
     largest: dict[str, float] = {}
@@ -63,7 +65,8 @@ def observe(
                 raise ValueError(f"{value} is not finite in FP32; the weights or the input are damaged")
             largest[value] = max(largest.get(value, 0.0), found)
         for value, histogram in histograms.items():
-            histogram.observe(results[value])
+            array = results[value]
+            histogram.observe(np.delete(array, unused[value], axis=-1) if value in unused else array)
         if progress is not None:
             progress(done)
     _follow_moves(model, largest)
@@ -90,6 +93,8 @@ def open_tapped(model: ir.Model, folder: Path, outputs: Iterable[str], threads: 
     model.graph.outputs.extend(values[name] for name in outputs if name not in have and name in values)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # extremes are taken as soon as a value is there; by default they come last, and keep every value alive
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # it would keep what the largest moment took
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # between runs there is work in Python
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(folder))
@@ -108,6 +113,18 @@ def layers_by_activation(model: ir.Model) -> dict[str, list[str]]:
     return layers
 
 
+def _unused_channels(model: ir.Model) -> dict[str, NDArray[np.intp]]:
+    """Value -> the channels of it that only meet weights of zero in linear layers: they need no range."""
+    used: dict[str, NDArray[np.bool_]] = {}
+    for layer in linear_layers(model):
+        activation, weight = layer.inputs
+        assert activation is not None and weight is not None and weight.const_value is not None
+        rows: NDArray[np.bool_] = np.any(weight.const_value.numpy(), axis=1 if layer.op_type == "MatMul" else 0)
+        name = str(activation.name)
+        used[name] = np.logical_or(used[name], rows) if name in used else rows
+    return {name: np.flatnonzero(~rows) for name, rows in used.items() if not rows.all()}
+
+
 def _add_extremes(model: ir.Model) -> dict[str, str]:
     """Adds the smallest and largest element of every value that is computed: name of the new value -> value."""
     added: dict[str, str] = {}
@@ -119,9 +136,9 @@ def _add_extremes(model: ir.Model) -> dict[str, str]:
                 continue
             for operator in ("ReduceMin", "ReduceMax"):
                 reduce = ir.node(operator, [value], {"keepdims": 0}, name=f"{value.name}_{operator}")
-                out = reduce.outputs[0]
-                out.name, out.type, out.shape = reduce.name, same_type(value), ir.Shape([])
-                model.graph.append(reduce)
+                out = output_like(reduce, value)
+                out.shape = ir.Shape([])
+                model.graph.insert_after(node, reduce)
                 added[str(out.name)] = str(value.name)
     return added
 

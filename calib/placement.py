@@ -38,6 +38,8 @@ FP16_LIMIT = 65504 / 4
 
 INT4_BLOCK = 64
 
+OF_OUTLIERS = "_of_outliers"  # ends the names of products with channels set apart; see outliers.py
+
 NORMS = ("LayerNormalization", "RMSNormalization")
 # part of a norm wherever it is written out, and of nothing else in these graphs
 NORM_PARTS = ("Pow", "Reciprocal")
@@ -171,12 +173,12 @@ def pixel_nodes(model: ir.Model) -> set[ir.Node]:
 
 def linear_layers(model: ir.Model) -> list[ir.Node]:
     """Products of an activation with a matrix of weights: MatMul, and Gemm without a bias and with its weights
-    transposed, which is how a linear layer over single vectors is exported."""
+    transposed, which is how a linear layer over single vectors is exported. Not those of outliers."""
     return [node for node in model.graph if _is_linear(node)]
 
 
 def _is_linear(node: ir.Node) -> bool:
-    if node.op_type not in ("MatMul", "Gemm") or node.domain != "":
+    if node.op_type not in ("MatMul", "Gemm") or node.domain != "" or str(node.name).endswith(OF_OUTLIERS):
         return False
     activation, weight, *bias = node.inputs
     if weight is None or activation is None or not weight.is_initializer() or activation.is_initializer():
@@ -191,12 +193,6 @@ def _is_linear(node: ir.Node) -> bool:
 
 def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-
-
-def same_type(value: ir.Value) -> ir.TensorType:
-    """A type object of its own for another value: they are changed in place."""
-    assert value.dtype is not None
-    return ir.TensorType(value.dtype)
 
 
 def module(node: ir.Node) -> str:

@@ -14,21 +14,28 @@ Values keep their names; what is added is named after the value it is made from.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, pixel_nodes, same_type
+from ..engines.graph_edits import add_cast, add_initializer, bias_behind, insert_behind, output_like
+from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, pixel_nodes
 from .ranges import asymmetric, symmetric
+from .weights import Rounded, int4_blocks, int8_channels, representable
 
 TYPES: dict[Type, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 FP16 = np.finfo(np.float16)
 
 
 def apply(
-    model: ir.Model, placement: Plan, ranges: Mapping[str, tuple[float, float]], signed_activations: bool
+    model: ir.Model,
+    placement: Plan,
+    ranges: Mapping[str, tuple[float, float]],
+    signed_activations: bool,
+    rounded: Mapping[str, Rounded] = MappingProxyType({}),
 ) -> None:
     """Rewrites an FP32 graph in place.
 
@@ -36,6 +43,7 @@ def apply(
         ranges: linear layer -> lowest and highest value of its activation.
         signed_activations: INT8 with zero point 0, as TensorRT takes it; else UINT8 with a zero point, for which ONNX
             Runtime's CPU kernels are made.
+        rounded: linear layer -> INT4 weights, where they were rounded already; see compensate.py.
     """
     caches = {*model.graph.inputs[2:], *model.graph.outputs[1:]}
     _retype(model, placement.types, caches)
@@ -50,7 +58,7 @@ def apply(
         else:
             _quantise(model, layers[name], ranges[name], signed_activations, made)
     for name, bits in placement.weights.items():
-        _quantise_weights(model.graph, layers[name], bits)
+        _quantise_weights(model.graph, layers[name], bits, rounded)
     model.graph.sort()
     for value in [v for v in model.graph.initializers.values() if not v.uses() and not v.is_graph_output()]:
         del model.graph.initializers[str(value.name)]
@@ -93,16 +101,9 @@ def _converted(
         name = f"{value.name}_{suffix}"
         if value.is_initializer():
             assert value.const_value is not None
-            made[value, wanted] = _weight(graph, name, _to_half(value.const_value.numpy()))
+            made[value, wanted] = add_initializer(graph, name, _to_half(value.const_value.numpy()))
         else:
-            cast = ir.node("Cast", [value], {"to": int(wanted)}, name=name)
-            cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, wanted, value.shape
-            producer = value.producer()
-            if producer is None:
-                graph.insert_before(graph[0], cast)
-            else:
-                graph.insert_after(producer, cast)
-            made[value, wanted] = cast.outputs[0]
+            made[value, wanted] = add_cast(graph, value, wanted, name)
     return made[value, wanted]
 
 
@@ -119,13 +120,6 @@ def _cast_output(graph: ir.Graph, output: ir.Value, computed: ir.DataType) -> No
     inner.name, inner.dtype = f"{node.name}:{position}", computed
     graph.insert_after(node, cast)
     graph.outputs[graph.outputs.index(output)] = final
-
-
-def _weight(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def _to_half(array: NDArray) -> NDArray[np.float16]:
@@ -148,9 +142,10 @@ def _quantise(
     if layer.op_type == "Gemm":  # the same product with the weights the other way round
         layer = _as_matmul(model.graph, layer)
         matrix = np.ascontiguousarray(matrix.T)
-    quantised, scale = _int8_channels(matrix, beside)
-    if signed and _is_lopsided(*bounds) and (bias := _own_bias(activation, layer)) is not None:
-        activation, bounds = _centre(model.graph, activation, bounds, layer, quantised * scale, bias)
+    quantised, scale = int8_channels(matrix, beside)
+    alone = sum(user.op_type != "Gather" for user, _ in activation.uses()) == 1  # but for its outliers
+    if signed and alone and _is_lopsided(*bounds) and (bias := bias_behind(layer)) is not None:
+        activation, bounds = _centre(model.graph, activation, bounds, layer, quantised * scale, *bias)
     key = str(activation.name), bounds
     if key not in made:
         made[key] = _quantised_activation(model.graph, activation, bounds, signed, beside)
@@ -178,50 +173,35 @@ def _multiply_pixels(graph: ir.Graph, layer: ir.Node) -> None:
             value.dtype = ir.DataType.UINT8
     assert value is not None
     name = f"{value.name}_DequantizeLinear"
-    one = _weight(graph, f"{value.name}_scale", np.array(1, np.float32))
-    zero = _weight(graph, f"{value.name}_zero_point", np.array(0, np.uint8))
+    one = add_initializer(graph, f"{value.name}_scale", np.array(1, np.float32))
+    zero = add_initializer(graph, f"{value.name}_zero_point", np.array(0, np.uint8))
     dequantise = ir.node("DequantizeLinear", [value, one, zero], name=name)
-    out = dequantise.outputs[0]
-    out.name, out.dtype, out.shape = name, ir.DataType.FLOAT, value.shape
+    out = output_like(dequantise, one)
+    out.shape = value.shape
     graph.insert_before(layer, dequantise)
     layer.replace_input_with(0, out)
-    layer.replace_input_with(1, _quantised_weight(graph, layer, *_int8_channels(matrix, np.dtype(np.float32))))
+    layer.replace_input_with(1, _quantised_weight(graph, layer, *int8_channels(matrix, np.dtype(np.float32))))
     for node in reversed(chain):
         if not any(output.uses() for output in node.outputs):
             graph.remove(node, safe=True)
 
 
-def _add_to_bias(graph: ir.Graph, layer: ir.Node, bias: NDArray) -> None:
-    users = [user for user, _ in layer.outputs[0].uses()]
-    add = users[0] if len(users) == 1 and users[0].op_type == "Add" else None
-    position = None
-    if add is not None:
-        vectors = (i for i, v in enumerate(add.inputs) if v is not None and v.is_initializer())
-        position = next((i for i in vectors if len(add.inputs[i].shape) == 1), None)  # type: ignore[union-attr,arg-type]
-    if add is not None and position is not None:
+def _add_to_bias(graph: ir.Graph, layer: ir.Node, more: NDArray) -> None:
+    if (found := bias_behind(layer)) is not None:
+        add, position = found
         before = add.inputs[position].const_value.numpy()  # type: ignore[union-attr]
-        add.replace_input_with(position, _weight(graph, f"{add.name}:pixels", (before + bias).astype(np.float32)))
+        add.replace_input_with(position, add_initializer(graph, f"{add.name}:pixels", (before + more).astype("f4")))
         return
     product = layer.outputs[0]
-    added = ir.node("Add", [product, _weight(graph, f"{layer.name}:pixels", bias.astype(np.float32))])
-    added.name = f"{layer.name}_Add"
-    out = added.outputs[0]
-    out.name, out.type, out.shape = added.name, same_type(product), product.shape
-    product.replace_all_uses_with(out)
-    added.replace_input_with(0, product)
-    graph.insert_after(layer, added)
+    bias = add_initializer(graph, f"{layer.name}:pixels", more.astype(np.float32))
+    add = ir.node("Add", [product, bias], name=f"{layer.name}_Add")
+    product.replace_all_uses_with(output_like(add, product))
+    add.replace_input_with(0, product)
+    graph.insert_after(layer, add)
 
 
 def _is_lopsided(low: float, high: float) -> bool:
     return abs(low + high) > (high - low) / 2
-
-
-def _own_bias(activation: ir.Value, layer: ir.Node) -> ir.Node | None:
-    """The Add of a bias behind the only layer that reads the activation."""
-    users = [user for user, _ in layer.outputs[0].uses()]
-    if len(users) != 1 or users[0].op_type != "Add" or len(list(activation.uses())) != 1:
-        return None
-    return users[0] if any(v is not None and v.is_initializer() for v in users[0].inputs) else None
 
 
 def _centre(
@@ -231,23 +211,22 @@ def _centre(
     layer: ir.Node,
     matrix: NDArray,
     add: ir.Node,
+    position: int,
 ) -> tuple[ir.Value, tuple[float, float]]:
     """The activation less its centre, a whole number of steps so that zero keeps a level of its own, and its range."""
     assert value.dtype is not None
     beside = np.dtype(value.dtype.numpy())
-    step = float(_representable((bounds[1] - bounds[0]) / 254, beside))
+    step = float(representable((bounds[1] - bounds[0]) / 254, beside))
     centre = round((bounds[0] + bounds[1]) / 2 / step) * step
     name = f"{value.name}_centred"
-    subtract = ir.node("Sub", [value, _weight(graph, f"{name}:1", np.array(centre, beside))], name=name)
-    out = subtract.outputs[0]
-    out.name, out.type, out.shape = name, same_type(value), value.shape
+    subtract = ir.node("Sub", [value, add_initializer(graph, f"{name}:1", np.array(centre, beside))], name=name)
+    out = output_like(subtract, value)
     graph.insert_before(layer, subtract)
     layer.replace_input_with(0, out)
-    position = next(i for i, v in enumerate(add.inputs) if v is not None and v.is_initializer())
     bias = add.inputs[position]
     assert bias is not None and bias.const_value is not None
     moved = bias.const_value.numpy() + centre * matrix.sum(axis=0, dtype=np.float64)
-    add.replace_input_with(position, _weight(graph, f"{add.name}:{position}_centred", moved.astype(beside)))
+    add.replace_input_with(position, add_initializer(graph, f"{add.name}:{position}_centred", moved.astype(beside)))
     return out, (-127 * step, 127 * step)
 
 
@@ -266,18 +245,13 @@ def _quantised_activation(
         scale, point = asymmetric(*bounds)
         zero = np.uint8(point)  # type: ignore[assignment]
     name = str(value.name)
-    step = _weight(graph, f"{name}_scale", np.array(_representable(scale, beside), beside))
-    point_value = _weight(graph, f"{name}_zero_point", np.array(zero))
+    step = add_initializer(graph, f"{name}_scale", np.array(representable(scale, beside), beside))
+    point_value = add_initializer(graph, f"{name}_zero_point", np.array(zero))
     quantise = ir.node("QuantizeLinear", [value, step, point_value], name=f"{name}_QuantizeLinear")
     dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], step, point_value], name=f"{name}_DequantizeLinear")
-    for node, like in ((quantise, point_value), (dequantise, value)):
-        out = node.outputs[0]
-        out.name, out.type, out.shape = node.name, same_type(like), value.shape
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], [quantise, dequantise])
-    else:
-        graph.insert_after(producer, [quantise, dequantise])
+    output_like(quantise, point_value).shape = value.shape
+    output_like(dequantise, value)
+    insert_behind(graph, value, [quantise, dequantise])
     return dequantise.outputs[0]
 
 
@@ -285,19 +259,18 @@ def _quantised_weight(graph: ir.Graph, layer: ir.Node, quantised: NDArray[np.int
     """(K, N), symmetric with a scale for each of N output channels."""
     name = str(layer.name)
     inputs = [
-        _weight(graph, f"{name}:1_int8", quantised),
-        _weight(graph, f"{name}:1_scale", scale),
-        _weight(graph, f"{name}:1_zero_point", np.zeros(scale.shape, np.int8)),
+        add_initializer(graph, f"{name}:1_int8", quantised),
+        add_initializer(graph, f"{name}:1_scale", scale),
+        add_initializer(graph, f"{name}:1_zero_point", np.zeros(scale.shape, np.int8)),
     ]
     node = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}:1_DequantizeLinear")
-    out = node.outputs[0]
-    out.name, out.dtype, out.shape = node.name, ir.DataType.from_numpy(scale.dtype), ir.Shape(quantised.shape)
+    out = output_like(node, inputs[1])
+    out.shape = ir.Shape(quantised.shape)
     graph.insert_before(layer, node)
     return out
 
 
-def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int) -> None:
-    """Weights alone: INT8 per output channel, INT4 in blocks; each block's scale is the one of least squared error."""
+def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int, rounded: Mapping[str, Rounded]) -> None:
     weight = layer.inputs[1]
     assert weight is not None and weight.const_value is not None and weight.dtype is not None
     beside = np.dtype(weight.dtype.numpy())
@@ -306,52 +279,15 @@ def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int) -> None:
         layer = _as_matmul(graph, layer)
         matrix = np.ascontiguousarray(matrix.T)
     if bits == 8:
-        layer.replace_input_with(1, _quantised_weight(graph, layer, *_int8_channels(matrix, beside)))
+        layer.replace_input_with(1, _quantised_weight(graph, layer, *int8_channels(matrix, beside)))
         return
-    quantised, scale = _int4_blocks(matrix, beside)
     name = str(layer.name)
-    stored = ir.Value(name=f"{name}:1_int4")
-    stored.const_value = ir.tensor(quantised.astype(ml_dtypes.int4), name=stored.name)
-    stored.dtype, stored.shape = ir.DataType.INT4, ir.Shape(quantised.shape)
-    graph.register_initializer(stored)
-    steps = _weight(graph, f"{name}:1_scale", scale)
+    quantised, scale = rounded[name] if name in rounded else int4_blocks(matrix, beside)
+    stored = add_initializer(graph, f"{name}:1_int4", quantised.astype(ml_dtypes.int4))
+    steps = add_initializer(graph, f"{name}:1_scale", scale.astype(beside))
     attributes = {"axis": 0, "block_size": INT4_BLOCK}
     node = ir.node("DequantizeLinear", [stored, steps], attributes, name=f"{name}:1_DequantizeLinear")
-    out = node.outputs[0]
-    out.name, out.dtype, out.shape = node.name, ir.DataType.from_numpy(scale.dtype), ir.Shape(matrix.shape)
+    out = output_like(node, steps)
+    out.shape = stored.shape
     graph.insert_before(layer, node)
     layer.replace_input_with(1, out)
-
-
-def _int8_channels(matrix: NDArray, beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
-    """Integers from -127 to 127 (K, N) and scales (N,), in the type beside them."""
-    scale = _representable(np.abs(matrix).max(axis=0) / 127, beside)
-    return np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8), scale
-
-
-def _int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
-    """Integers from -8 to 7 (K, N) and scales (K / INT4_BLOCK, N)."""
-    rows, columns = matrix.shape
-    blocks = matrix.reshape(-1, INT4_BLOCK, columns)
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
-    best = np.full(peak.shape, np.inf, np.float32)
-    scale, quantised = np.ones_like(peak), np.zeros(blocks.shape, np.int8)
-    for divisor in (-8.0, -7.5, -7.0, -6.5, -6.0, 7.0, 6.5, 6.0, 5.5):  # -8 has no positive counterpart
-        candidate = _signed_representable(peak / divisor, beside)
-        rounded = np.clip(np.rint(blocks / candidate), -8, 7)
-        error = np.square(rounded * candidate - blocks).sum(axis=1, keepdims=True)
-        better = error < best
-        best, scale = np.where(better, error, best), np.where(better, candidate, scale)
-        quantised = np.where(better, rounded, quantised).astype(np.int8)
-    return quantised.reshape(rows, columns), scale[:, 0].astype(beside)
-
-
-def _signed_representable(scale: NDArray, beside: np.dtype) -> NDArray[np.float32]:
-    """Scales of weights may be negative: the sign decides which end of the range gets the eighth level."""
-    tiny = np.finfo(beside).tiny
-    return np.where(np.abs(scale) < tiny, tiny, scale).astype(beside).astype(np.float32)
-
-
-def _representable(scale: float | NDArray, beside: np.dtype) -> NDArray:
-    """Scales are stored in the type beside the integers; no smaller than its smallest normal number."""
-    return np.maximum(np.asarray(scale, np.float64), np.finfo(beside).tiny).astype(beside)

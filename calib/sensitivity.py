@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ..engines.targets import Asked
 from .observe import Feed, layers_by_activation, open_tapped
 from .placement import plan
 from .rewrite import apply
+from .weights import Rounded
 
 Cost = Callable[[list[NDArray], list[NDArray]], float]
 
@@ -55,6 +58,8 @@ def scan(
     signed_activations: bool,
     cost: Cost = noise,
     progress: Callable[[int, int], None] | None = None,
+    quantise: Asked = "int8",
+    rounded: Mapping[str, Rounded] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph.
 
@@ -62,6 +67,8 @@ def scan(
         output: the value whose change is the cost.
         cost: of the values over all feeds, reference first.
         progress: told how many of how many groups are done.
+        quantise: to what.
+        rounded: see `rewrite.apply`.
     """
 
     def run(model: ir.Model) -> list[NDArray]:
@@ -76,8 +83,8 @@ def scan(
     for done, group in enumerate(groups, start=1):
         candidate = ir.load(graph)
         others = dict.fromkeys(every - set(group), "")
-        alone = plan(candidate, "fp32", "int8", {}, others, signed=signed_activations)
-        apply(candidate, alone, ranges, signed_activations)
+        alone = plan(candidate, "fp32", quantise, {}, others, signed=signed_activations)
+        apply(candidate, alone, ranges, signed_activations, rounded)
         costs |= dict.fromkeys(group, cost(reference, run(candidate)))
         if progress is not None:
             progress(done, len(groups))

@@ -17,8 +17,11 @@ from .package import Engine, InputError, Package, describe_file, open_package, w
 from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
 
-def compile_bundle(folder: Path) -> Package:
+def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
     """Compiles both engines into the package; the manifest changes only when both are done.
+
+    Args:
+        max_workspace: bytes; see `compile_tensorrt.compile_graph`.
 
     Raises:
         InputError: not a package for TensorRT, no TensorRT, no GPU, another GPU than the target's, or a graph that
@@ -52,7 +55,8 @@ def compile_bundle(folder: Path) -> Package:
     try:
         for name in ("encoder", "decoder"):
             graph = bundle.graph(name, dialect)
-            compiled = compile_tensorrt.compile_graph(bundle.path(graph.files[0]), graph.inputs, "tensorrt", [])
+            path = bundle.path(graph.files[0])
+            compiled = compile_tensorrt.compile_graph(path, graph.inputs, "tensorrt", [], max_workspace)
             proof.check(name, graph.precision, compiled.proof)
             final = folder / f"{name}.engine"
             partial = folder / f".{name}.engine.{os.getpid()}"
@@ -85,9 +89,12 @@ def compile_bundle(folder: Path) -> Package:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="liteframe compile", description="Finish a bundle on its device.")
     parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "--max-workspace", type=compile_tensorrt.mebibytes, metavar="MIB", help=compile_tensorrt.WORKSPACE_HELP
+    )
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
-    made = compile_bundle(options.bundle)
+    made = compile_bundle(options.bundle, options.max_workspace)
     for engine in made.manifest.engines:
         size = engine.files[0].bytes / 1e6
         print(f"{engine.name}: {size:.0f} MB, {engine.dialect}, TensorRT {engine.compiler_version}")

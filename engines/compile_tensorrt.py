@@ -9,6 +9,7 @@ so one process uses one of them.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -25,6 +26,7 @@ from .proof import Proof, prove_network
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+WORKSPACE_HELP = "memory that TensorRT may use for a layer beside its tensors, in MiB (default: all there is)"
 _TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT4": "int4", "FP8": "fp8"}
 
 
@@ -35,6 +37,13 @@ class Compiled:
     engine: bytes
     proof: Proof
     version: str
+
+
+def mebibytes(text: str) -> int:
+    """An argument in MiB, in bytes. Raises ArgumentTypeError if it is no positive whole number."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of MiB; expected one such as 1024")
+    return int(text) * 2**20
 
 
 def available(flavour: Flavour) -> bool:
@@ -70,12 +79,20 @@ def load(flavour: Flavour) -> Any:
     return importlib.import_module(_MODULES[flavour])
 
 
-def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, capabilities: Sequence[str]) -> Compiled:
+def compile_graph(
+    graph: Path,
+    inputs: Sequence[TensorSpec],
+    flavour: Flavour,
+    capabilities: Sequence[str],
+    max_workspace: int | None = None,
+) -> Compiled:
     """Parses and builds one graph with one optimization profile.
 
     Args:
         inputs: with profiles where a dimension varies.
         capabilities: for TensorRT-RTX, what the engine must run on, such as "8.0"; TensorRT takes the GPU it finds.
+        max_workspace: bytes that a layer may use beside its tensors, while it is tried out and later; None leaves it to
+            the compiler, which takes all there is.
 
     Raises:
         InputError: the compiler is missing, an input that varies has no profile, or the compiler does not take the
@@ -97,6 +114,7 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
             raise InputError(f"{graph}: input {spec.name} varies and has no profile of shapes; build the graph again")
         if spec.profile is not None:
             profile.add(spec.name, spec.profile.min, spec.profile.opt, spec.profile.max)
+    limits = None if max_workspace is None else {trt.MemoryPoolType.WORKSPACE: max_workspace}
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -107,12 +125,12 @@ def compile_graph(graph: Path, inputs: Sequence[TensorSpec], flavour: Flavour, c
 
                 pairs = [tuple(int(part) for part in capability.split(".")) for capability in capabilities]
                 config = PostprocessConfig(
-                    CreateConfigRTX(profiles=[profile], compute_capabilities=pairs),
+                    CreateConfigRTX(profiles=[profile], compute_capabilities=pairs, memory_pool_limits=limits),
                     # on by default, and FP32 asked for is FP32; for TensorRT polygraphy does it
                     lambda builder, network, config: config.clear_flag(trt.BuilderFlag.TF32),
                 )
             else:
-                config = CreateConfig(profiles=[profile])
+                config = CreateConfig(profiles=[profile], memory_pool_limits=limits)
             proof = prove_network(graph, _layer_types(trt, network))
             engine = EngineBytesFromNetwork((builder, network, parser), config=config)()
     except PolygraphyException as error:

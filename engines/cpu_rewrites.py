@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
+
+from .graph_edits import add_cast, add_initializer, bias_behind
 
 MICROSOFT = "com.microsoft"
 BLOCKS = (128, 64, 32, 16)  # along the inputs of MatMulNBits
@@ -120,12 +121,10 @@ def _use_integer_products(model: ir.Model) -> int:
             continue
         inputs = [x.inputs[0], weight.inputs[0], x.inputs[1], weight.inputs[1], x.inputs[2], weight.inputs[2]]
         replaced = [product]
-        users = [user for user, _ in product.outputs[0].uses()]
-        if len(users) == 1 and users[0].op_type == "Add" and not product.outputs[0].is_graph_output():
-            bias = next((v for v in users[0].inputs if v is not None and v.is_initializer()), None)
-            if bias is not None and bias.shape is not None and len(bias.shape) == 1:
-                inputs.append(bias)
-                replaced.append(users[0])
+        if (found := bias_behind(product)) is not None:
+            add, position = found
+            inputs.append(add.inputs[position])
+            replaced.append(add)
         made = ir.node("MatMulIntegerToFloat", inputs, domain=MICROSOFT, name=product.name)
         ir.convenience.replace_nodes_and_values(
             model.graph, replaced[-1], replaced, [made], replaced[-1].outputs, made.outputs
@@ -163,8 +162,8 @@ def _use_block_products(model: ir.Model) -> int:
             packed = (packed[..., ::2] | packed[..., 1::2] << 4).astype(np.uint8)
         inputs = [
             product.inputs[0],
-            _constant(model.graph, f"{product.name}:1_packed", packed),
-            _constant(model.graph, f"{product.name}:1_scales", np.ascontiguousarray(scales.T)),
+            add_initializer(model.graph, f"{product.name}:1_packed", packed),
+            add_initializer(model.graph, f"{product.name}:1_scales", np.ascontiguousarray(scales.T)),
         ]
         attributes = {"K": rows, "N": columns, "bits": bits, "block_size": block, "accuracy_level": INT8_ACCURACY}
         made = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=product.name)
@@ -174,13 +173,6 @@ def _use_block_products(model: ir.Model) -> int:
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
         ir.passes.common.RemoveUnusedNodesPass()(model)
     return count
-
-
-def _constant(graph: ir.Graph, name: str, array: NDArray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value
 
 
 def rewrite_for_cpu(model: ir.Model) -> int:
@@ -244,17 +236,5 @@ def _widen(graph: ir.Graph, value: ir.Value) -> ir.Value:
     name = f"{value.name}{WIDENED}"
     if value.is_initializer():
         assert value.const_value is not None
-        array = value.const_value.numpy().astype("float32")
-        wide = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        wide.dtype, wide.shape = ir.DataType.FLOAT, value.shape
-        graph.register_initializer(wide)
-        return wide
-    cast = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=name)
-    wide = cast.outputs[0]
-    wide.name, wide.dtype, wide.shape = name, ir.DataType.FLOAT, value.shape
-    producer = value.producer()
-    if producer is None:
-        graph.insert_before(graph[0], cast)
-    else:
-        graph.insert_after(producer, cast)
-    return wide
+        return add_initializer(graph, name, value.const_value.numpy().astype("float32"))
+    return add_cast(graph, value, ir.DataType.FLOAT, name)

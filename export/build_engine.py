@@ -78,6 +78,7 @@ def build(
     calib_cache: Path | None = None,
     calib_method: str = "minmax",
     allow_drift: bool = False,
+    max_workspace: int | None = None,
 ) -> package.Package:
     """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle.
 
@@ -87,6 +88,7 @@ def build(
         precision: of linear layers; see calib/placement.py for what surrounds them.
         decoder_precision: of the decoder's alone; None means `precision`.
         calib, calib_cache, calib_method, allow_drift: see `precision.prepare`; for FP32 there is nothing to calibrate.
+        max_workspace: bytes; see `compile_tensorrt.compile_graph`.
 
     Raises:
         InputError: bad artifact or arguments.
@@ -95,7 +97,7 @@ def build(
     """
     target = TARGETS[target_name]
     asked: dict[GraphName, Asked] = {"encoder": precision, "decoder": decoder_precision or precision}
-    _check_arguments(target, asked, calib, calib_cache)
+    _check_arguments(target, asked, calib, calib_cache, max_workspace)
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
@@ -108,7 +110,7 @@ def build(
                 artifact, asked, target, list(calib), calib_cache, calib_method, allow_drift, Path(scratch), _step
             )
         graphs = _make_graphs(artifact, model, target, verifier, lowering, folder / "graphs", Path(scratch))
-        engines = _make_engines(graphs, target, verifier, lowering, folder)
+        engines = _make_engines(graphs, target, verifier, lowering, folder, max_workspace)
         if target.compiler == "onnxruntime":  # its engines are the graphs, optimised
             for path in sorted((folder / "graphs").iterdir()):
                 path.unlink()
@@ -139,7 +141,11 @@ def build(
 
 
 def _check_arguments(
-    target: Target, asked: dict[GraphName, Asked], calib: Sequence[Path], calib_cache: Path | None
+    target: Target,
+    asked: dict[GraphName, Asked],
+    calib: Sequence[Path],
+    calib_cache: Path | None,
+    max_workspace: int | None,
 ) -> None:
     for name, precision in asked.items():
         if precision not in target.precisions:
@@ -151,6 +157,8 @@ def _check_arguments(
             f"decoder in int4-weights: packages for {target.name} hold the plain dialect, opset {PLAIN_OPSET}, without "
             "INT4; use int8-weights"
         )
+    if max_workspace is not None and target.compiler == "onnxruntime":
+        raise InputError(f"--max-workspace limits TensorRT's compiler, which packages for {target.name} do without")
     if set(asked.values()) == {"fp32"} and (calib or calib_cache):
         raise InputError("--calib and --calib-cache are for fp16 and int8; add --precision int8, or leave them out")
 
@@ -226,7 +234,9 @@ def _make_graphs(
                 path = folder / f"{name}.{dialect}.onnx"
                 kept: list[Kept] = []
                 with _step(f"export the {name} graph, {dialect}"):
-                    if name == "encoder":
+                    if lowering is not None and dialect == "fused":
+                        traced = lowering.reference(name, capacity)
+                    elif name == "encoder":
                         traced = trace_encoder(artifact.encoder, dialect)
                     else:
                         traced = trace_decoder(artifact.decoder, dialect, capacity)
@@ -300,7 +310,12 @@ def _check_plain(path: Path) -> None:
 
 
 def _make_engines(
-    graphs: list[Graph], target: Target, verifier: Verifier, lowering: Lowering | None, folder: Path
+    graphs: list[Graph],
+    target: Target,
+    verifier: Verifier,
+    lowering: Lowering | None,
+    folder: Path,
+    max_workspace: int | None,
 ) -> list[Engine]:
     compiler = target.ahead_of_time or target.compiler
     fused = [graph for graph in graphs if graph.dialect == "fused"]
@@ -308,7 +323,9 @@ def _make_engines(
         for graph in fused:
             with _step(f"prove the {graph.name} graph: TensorRT-RTX compiles it for {target.proof}"):
                 path = folder / graph.files[0].path
-                compiled = compile_tensorrt.compile_graph(path, graph.inputs, "tensorrt-rtx", [target.proof])
+                compiled = compile_tensorrt.compile_graph(
+                    path, graph.inputs, "tensorrt-rtx", [target.proof], max_workspace
+                )
                 proof.check(graph.name, graph.precision, compiled.proof)
         return []
     engines = []
@@ -322,7 +339,9 @@ def _make_engines(
                 made_by, inputs = version("onnxruntime"), _without_profiles(graph.inputs)
             else:
                 assert compiler == "tensorrt-rtx"
-                compiled = compile_tensorrt.compile_graph(path, graph.inputs, compiler, target.capabilities)
+                compiled = compile_tensorrt.compile_graph(
+                    path, graph.inputs, compiler, target.capabilities, max_workspace
+                )
                 files = [folder / f"{graph.name}.engine"]
                 files[0].write_bytes(compiled.engine)
                 proven, made_by, inputs = compiled.proof, compiled.version, graph.inputs
@@ -420,6 +439,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--calib-method", choices=METHODS, default="minmax", help="of INT8 ranges (default: minmax)")
     parser.add_argument("--allow-drift", action="store_true", help="accept failed drift gates; the manifest records it")
+    parser.add_argument(
+        "--max-workspace", type=compile_tensorrt.mebibytes, metavar="MIB", help=compile_tensorrt.WORKSPACE_HELP
+    )
     parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET[-PRECISION] here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
@@ -438,6 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.calib_cache,
         options.calib_method,
         options.allow_drift,
+        options.max_workspace,
     )
     print_report(made)
     if options.json:

@@ -73,10 +73,15 @@ def trace_decoder(decoder: Decoder, dialect: Dialect, capacity: int | None = Non
         dialect,
     )
     if capacity is not None and dialect == "fused":
-        for value in (*model.graph.inputs[2:], *model.graph.outputs[1:]):
-            assert value.shape is not None
-            value.shape = ir.Shape([*value.shape[:2], capacity, value.shape[3]])
+        fix_capacity(model, capacity)
     return model
+
+
+def fix_capacity(decoder: ir.Model, capacity: int) -> None:
+    """Gives the caches of a `fused` decoder graph a size."""
+    for value in (*decoder.graph.inputs[2:], *decoder.graph.outputs[1:]):
+        assert value.shape is not None
+        value.shape = ir.Shape([*value.shape[:2], capacity, value.shape[3]])
 
 
 def _trace(

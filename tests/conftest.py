@@ -1,6 +1,9 @@
+import hashlib
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,11 +16,68 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Whole builds of real weights come first, or one worker would still be at them when the other is done."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Threads only wait for each other on tensors as small as these, and for long when the machine is busy."""
     if torch := sys.modules.get("torch"):  # a session that does without it stays without it
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports(tmp_path_factory):
+    """torch exports the same module once for all tests and all workers, for that takes seconds however small it is.
+
+    Equal are modules of the same classes, settings and weights. A later export is read from the first one's file, so
+    nothing is shared that a test might change. Yields the export itself, for `exported_anew`.
+    """
+    trace = sys.modules.get("liteframe.export.trace")
+    if trace is None:  # see one_thread
+        yield None
+        return
+    import onnx_ir as ir
+    import torch
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+    export = trace._trace
+
+    def read_or_export(module, arguments, dynamic_shapes, inputs, outputs, dialect):
+        made = hashlib.sha256(repr((module, module.config, inputs, outputs, dialect)).encode())
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            made.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+            made.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        stored = folder / made.hexdigest()
+        if stored.exists():
+            module.eval()  # as exporting leaves it
+            return ir.load(stored / "graph.onnx")
+        model = export(module, arguments, dynamic_shapes, inputs, outputs, dialect)
+        partial = Path(tempfile.mkdtemp(dir=folder))
+        ir.save(model, partial / "graph.onnx", external_data="graph.data")
+        try:
+            partial.rename(stored)
+        except OSError:  # another worker's was there first
+            assert stored.exists()
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "_trace", read_or_export)
+        yield export
+
+
+@pytest.fixture
+def exported_anew(exports, monkeypatch):
+    """For tests of exporting itself: every export is one, none is read back."""
+    from liteframe.export import trace
+
+    if exports is not None:
+        monkeypatch.setattr(trace, "_trace", exports)
 
 
 @pytest.fixture(scope="session")

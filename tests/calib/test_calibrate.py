@@ -5,9 +5,8 @@ import json
 import numpy as np
 import onnx_ir as ir
 import pytest
-from liteframe.calib.calibrate import calibrate, hash_graph, load_cache, save_cache
+from liteframe.calib.calibrate import calibrate, even_out, hash_graph, load_cache, save_cache
 from liteframe.calib.observe import observe, observe_channels
-from liteframe.calib.smooth import smooth
 from liteframe.engines.package import InputError
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -44,7 +43,7 @@ def refusal(path, graphs=GRAPHS):
 def test_the_smoothed_graph_is_what_is_observed(tiny_graphs, feeds, calibration, tmp_path):
     channels = observe_channels(tiny_graphs[KEY], feeds[KEY])
     model = ir.load(tiny_graphs[KEY])
-    smooth(model, channels)
+    even_out(model, channels)
     ir.save(model, tmp_path / "smoothed.onnx", external_data="smoothed.data")
     expected = observe(tmp_path / "smoothed.onnx", feeds[KEY])
     assert calibration.observation.largest == pytest.approx(expected.largest, rel=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from liteframe.calib.bisect import Bisection, KeptModule
 from liteframe.calib.drift_report import HEIGHT, PNG_SCALE, SHOWN, WIDTH, _lay_out, print_report, write_report
 from liteframe.calib.layers import LayerDrift
 from rich.console import Console
@@ -138,10 +139,10 @@ def test_graphs_that_do_not_differ_have_no_marks(tmp_path):
 
 @pytest.fixture
 def printed(monkeypatch):
-    def printed(graphs):
+    def printed(*arguments):
         out = io.StringIO()
         monkeypatch.setattr("liteframe.calib.drift_report.Console", lambda **o: Console(**o, file=out))
-        print_report(graphs)
+        print_report(*arguments)
         return out.getvalue()
 
     return printed
@@ -162,3 +163,33 @@ def test_the_terminal_shows_names_as_they_are(printed):
     out = printed({"encoder": [row(0, 3.0, module="a[bold]b[/]")]})
     assert "the first that breaks is number 1, a[bold]b[/]/MatMul_0: 3.0 dB" in out
     assert " a[bold]b[/] " in out
+
+
+def bisection(kept):
+    gate = {"mean_cosine": 0.99, "worst_cosine": 0.97}
+    before, after = {"mean_cosine": 0.9, "worst_cosine": 0.8}, {"mean_cosine": 0.995, "worst_cosine": 0.98}
+    return Bisection("int8", gate, before, after, kept, modules=7, runs=42)
+
+
+def test_the_modules_to_keep_are_in_the_page_and_in_the_terminal(tmp_path, printed):
+    kept = [KeptModule(NASTY, math.inf), KeptModule("blocks.2.fc1", 0.0123)]
+    graphs, found = {"encoder": falling(3)}, {"encoder": bisection(kept)}
+    write_report(tmp_path, "Drift", graphs, found)
+    page, out = Page((tmp_path / "drift.html").read_text(encoding="utf-8")), printed(graphs, found)
+    table = [["number", "module to keep", "cost alone"], ["1", NASTY, "inf"], ["2", "blocks.2.fc1", "0.0123"]]
+    assert page.rows[:3] == table
+    assert [line.split() for line in out.splitlines()[-2:]] == table[1:]
+    for text in (page.text, out):
+        assert "does not hold as it is (mean cosine 0.90000, worst cosine 0.80000); it does with 2 of 7 modules" in text
+        assert "42 runs" in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"), [([], "nothing has to be kept"), (None, "does not hold even with all 7 modules kept")]
+)
+def test_where_there_is_nothing_to_list_the_verdict_says_why(tmp_path, printed, kept, words):
+    graphs, found = {"encoder": falling(3)}, {"encoder": bisection(kept)}
+    write_report(tmp_path, "Drift", graphs, found)
+    page, out = Page((tmp_path / "drift.html").read_text(encoding="utf-8")), printed(graphs, found)
+    assert words in page.text and words in out
+    assert "module to keep" not in page.text + out

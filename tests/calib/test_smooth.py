@@ -13,8 +13,11 @@ GELU = "backbone.vit.blocks.0.mlp"
 
 
 def smoothed(path, calls):
+    """The smoothed graph, and which layers it reached."""
     model = ir.load(path)
-    return model, smooth(model, observe_channels(path, calls))
+    before = observe_channels(path, calls)
+    after = smooth(model, before)
+    return model, [layer for layer in before if (after[layer] != before[layer]).any()]
 
 
 @pytest.fixture
@@ -53,25 +56,10 @@ def test_a_smoothed_graph_computes_the_same(tiny_graphs, feeds, difference, key)
         assert set(reached) >= layers - {"lm_head/Gemm"}
 
 
-@pytest.mark.parametrize("dialect", ["fused", "plain"])
-def test_an_outlier_behind_a_gelu_is_divided_by_a_node_of_its_own(edited, feeds, run, difference, dialect):
-    change = column(3, 40)
-    path = edited(("encoder", dialect), {f"{GELU}.fc1/MatMul:1": change, f"{GELU}.fc1.bias": change})
-    calls = feeds["encoder", dialect]
-    model, reached = smoothed(path, calls)
-    assert f"{GELU}.fc2/MatMul" in reached
-    assert difference(path, model, calls) <= 1e-5
-    before, after = (np.abs(run(g, calls[0], [v])[v]).max(axis=(0, 1)) for g, v in (
-        (path, f"{GELU}/Gelu"), (model, f"{GELU}/Gelu_smooth")
-    ))  # fmt: skip
-    assert before.max() / before.mean() > 8
-    assert after.max() / after.mean() < 0.6 * before.max() / before.mean()
-
-
-def test_a_gelu_without_outliers_is_left_alone(tiny_graphs, feeds):
+def test_no_division_passes_through_a_gelu(tiny_graphs, feeds):
     model, reached = smoothed(tiny_graphs["encoder", "fused"], feeds["encoder", "fused"])
     assert f"{GELU}.fc2/MatMul" not in reached
-    assert not any(str(node.name).endswith("_smooth") for node in model.graph)
+    assert [node.name for node in model.graph] == [node.name for node in ir.load(tiny_graphs["encoder", "fused"]).graph]
 
 
 def test_factors_are_equation_4(tiny_graphs, feeds, run):
@@ -81,7 +69,7 @@ def test_factors_are_equation_4(tiny_graphs, feeds, run):
     value = f"{NORM}/RMSNormalization"
     x = np.concatenate([run(path, call, [value])[value][0] for call in calls]).astype(np.float64)
     w = np.concatenate([weight(before, name, 1) for name in names], axis=1).astype(np.float64)
-    s = np.abs(x).max(axis=0) ** 0.5 / np.abs(w).max(axis=1) ** 0.5
+    s = np.abs(x).max(axis=0) ** 0.3 / np.abs(w).max(axis=1) ** 0.7
     np.testing.assert_allclose(weight(after, value, 1), weight(before, value, 1) / s, rtol=1e-5)
     for name in names[:2]:
         np.testing.assert_allclose(weight(after, name, 1), s[:, None] * weight(before, name, 1), rtol=1e-5)
@@ -95,7 +83,7 @@ def test_query_heads_that_share_a_key_value_head_share_factors(tiny_graphs, feed
     x = np.concatenate([run(path, call, [value])[value][0] for call in calls]).astype(np.float64)
     w = weight(before, name, 1).astype(np.float64)
     x, w = (array.reshape(2, 2, 6).max(axis=1) for array in (np.abs(x).max(axis=0), np.abs(w).max(axis=1)))
-    s = np.repeat((x / w)[:, None] ** 0.5, 2, axis=1).reshape(-1)
+    s = np.repeat((x**0.3 / w**0.7)[:, None], 2, axis=1).reshape(-1)
     np.testing.assert_allclose(weight(after, name, 1), s[:, None] * weight(before, name, 1), rtol=1e-5)
 
 

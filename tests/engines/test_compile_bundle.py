@@ -28,8 +28,8 @@ def device(monkeypatch):
     calls = []
 
     def pretend(gpu=ORIN, version="11.4.1", found=({"fp32": 3}, {"fp32": 5}), fail_at=None):
-        def compile_graph(graph, inputs, flavour, capabilities):
-            calls.append((graph, inputs, flavour, capabilities))
+        def compile_graph(graph, inputs, flavour, capabilities, max_workspace=None):
+            calls.append((graph, inputs, flavour, capabilities, max_workspace))
             if fail_at == len(calls):
                 raise InputError(f"{graph}: tensorrt {version} cannot compile it: out of memory")
             proof = Proof(found=found[len(calls) - 1], integer_products=0, wrong=[])
@@ -100,8 +100,8 @@ def test_a_bundle_gets_engines_from_the_dialect_of_its_tensorrt(bundle, device, 
     assert isinstance(made, Package)
     assert made == open_package(bundle)
     assert [call[0] for call in calls] == [bundle / f"graphs/{name}.{dialect}.onnx" for name in ("encoder", "decoder")]
-    assert all(flavour == "tensorrt" for _, _, flavour, _ in calls)
-    for name, (graph, inputs, _, _) in zip(("encoder", "decoder"), calls, strict=True):
+    assert all(flavour == "tensorrt" for _, _, flavour, *_ in calls)
+    for name, (graph, inputs, *_) in zip(("encoder", "decoder"), calls, strict=True):
         assert inputs == before.graphs[0].inputs
         assert (bundle / f"{name}.engine").read_bytes() == b"compiled " + graph.read_bytes()
     for engine, name, count in zip(made.manifest.engines, ("encoder", "decoder"), (3, 5), strict=True):
@@ -158,6 +158,12 @@ def test_the_command_reports_and_ends_with_one_json_document(bundle, device, cap
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [f"{name}: 0 MB, fused, TensorRT 11.4.1" for name in ("encoder", "decoder")]
     assert json.loads(last) == json.loads((bundle / "manifest.json").read_text())
+
+
+def test_both_compiles_keep_within_the_workspace(bundle, device):
+    calls = device()
+    assert compile_bundle.main([str(bundle), "--max-workspace", "512"]) == 0
+    assert [call[-1] for call in calls] == [512 << 20] * 2
 
 
 # what is refused

@@ -3,6 +3,7 @@
 Engines can't run here, so what they compute is compared nowhere; the parsed network's types and shapes are.
 """
 
+import argparse
 import subprocess
 import sys
 
@@ -36,6 +37,7 @@ def built(monkeypatch):
             asked["capabilities"] = [made.get_compute_capability(i).name for i in range(made.num_compute_capabilities)]
             asked["tf32"] = made.get_flag(trt.BuilderFlag.TF32)
             asked["profiles"] = made.num_optimization_profiles
+            asked["workspace"] = made.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
             return made
 
         _, parsed, _ = network
@@ -78,6 +80,19 @@ def test_a_graph_is_compiled_in_fp32_without_a_gpu(save_graph, built, name):
     assert built["strongly typed"]
     assert not built["tf32"]
     assert built["profiles"] == 1
+
+
+def test_the_workspace_is_limited_where_asked(save_graph, built):
+    graph = save_graph("mlp")
+    compile_graph(graph.path, graph.inputs, RTX, ["8.0"], 64 << 20)
+    assert built["workspace"] == 64 << 20
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "1G", "a"])
+def test_a_workspace_is_a_whole_number_of_mebibytes(text):
+    assert compile_tensorrt.mebibytes("2") == 2 << 20
+    with pytest.raises(argparse.ArgumentTypeError, match="MiB"):
+        compile_tensorrt.mebibytes(text)
 
 
 @every_graph

@@ -15,7 +15,7 @@ from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.vit import ViTConfig
 from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
 
-LAYERS = 3
+LAYERS = 2
 
 
 def write(tmp_path, model):

@@ -172,7 +172,7 @@ def test_dialects_share_their_weights(folder, artifact):
     assert (folder / "decoder.data").stat().st_size == end
 
 
-def test_the_same_weights_make_the_same_bytes(folder, artifact, tmp_path):
+def test_the_same_weights_make_the_same_bytes(folder, artifact, exported_anew, tmp_path):
     with WeightsFile(tmp_path / "encoder.data") as weights:
         for dialect in DIALECTS:
             weights.save(trace_encoder(artifact.encoder, dialect), tmp_path / f"encoder.{dialect}.onnx")

@@ -1,0 +1,68 @@
+"""Peak memory and time of calibrating the full-size LiteFrame-B encoder, 4 x 448 x 448, on 64 clips of real video.
+
+    python bench/calibration_memory.py [--clips 64]
+
+The graph, with random weights, is exported by another process first: torch's memory is not calibration's. The clips are
+held in memory throughout, and are passed over once, after 8 of them have told the factors of smoothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from liteframe.calib.calibrate import calibrate
+from liteframe.calib.clips import read_calibration_clips
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from assets import fetch
+
+SIZE, CLIP_LENGTH = (448, 448), 4
+LIMIT = 4.0  # GB
+
+
+def export(graph: Path) -> None:
+    import torch
+    from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+    from liteframe.export.models.liteframe import LiteFrameConfig
+    from liteframe.export.trace import WeightsFile, trace_encoder
+
+    torch.manual_seed(0)
+    module = VideoEncoder(EncoderConfig(backbone=LiteFrameConfig(), output_size=896)).eval()
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    with WeightsFile(graph.with_suffix(".data")) as weights:
+        weights.save(trace_encoder(module, "fused"), graph)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=64)
+    count = parser.parse_args().clips
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "encoder.onnx"
+        exporting = multiprocessing.get_context("spawn").Process(target=export, args=(graph,))
+        exporting.start()
+        exporting.join()
+        assert exporting.exitcode == 0, "the export failed"
+        clips = read_calibration_clips([fetch("bunny")], CLIP_LENGTH, SIZE, count)
+        start, passes = time.perf_counter(), []
+        calibrate(graph, [{"frames": clip[None]} for clip in clips], Path(folder), passes.append)
+        seconds = time.perf_counter() - start
+    assert "torch" not in sys.modules and passes == list(range(1, len(clips) + 1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"{len(clips)} clips in one pass: {seconds:.0f} s, peak memory {peak:.2f} GB of {LIMIT} GB")
+    print(json.dumps({"clips": len(clips), "s": round(seconds), "gb": round(peak, 2), "ort": version("onnxruntime")}))
+    return peak > LIMIT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

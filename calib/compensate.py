@@ -1,0 +1,97 @@
+"""INT4 weights whose rounding makes up for its own errors: GPTQ (Frantar et al. 2023, algorithm 1).
+
+    activations x of a layer ──▶ Gram matrix, sum of x x^T ──▶ rows rounded one after the other ──▶ integers
+
+Rows of a matrix, its input channels, are rounded in the order of how large their activations are. What the rounding of
+a row does to the layer's output, the rows still to come take over, as far as the Gram matrix says they can. The scales
+are those that plain rounding would take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from .observe import Feed, layers_by_activation, open_tapped
+from .placement import INT4_BLOCK, linear_layers
+from .weights import Rounded, int4_blocks, to_int4
+
+DAMPING = 0.01  # of the Gram matrix's mean diagonal, added to it
+LAZY = 128  # rows that are brought up to date at once
+AT_ONCE = 2**30  # bytes of Gram matrices
+
+
+def round_layers(
+    graph: Path, feeds: list[Feed], layers: set[str], beside: np.dtype, progress: Callable[[int, int], None]
+) -> dict[str, Rounded]:
+    """Linear layer (MatMul) -> its weights in INT4.
+
+    Args:
+        graph: in FP32.
+        feeds: calls of the graph, whose activations are those that count.
+        layers: which.
+        beside: type of the scales.
+        progress: told how many of how many layers are done.
+    """
+    model = ir.load(graph)
+    weights = {str(node.name): node.inputs[1] for node in linear_layers(model)}
+    groups = {value: [name for name in group if name in layers] for value, group in layers_by_activation(model).items()}
+    made: dict[str, Rounded] = {}
+    widths = {value: len(weights[group[0]].const_value.numpy()) for value, group in groups.items() if group}  # type: ignore[union-attr]
+    for values in _batches(widths):
+        for value, gram in _grams(graph, feeds, values).items():
+            for name in groups[value]:
+                matrix = weights[name].const_value.numpy()  # type: ignore[union-attr]
+                made[name] = round_compensating(matrix, gram, beside)
+                progress(len(made), len(layers))
+    return made
+
+
+def _batches(widths: dict[str, int]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for value in widths:
+        if batch and 4 * sum(widths[v] ** 2 for v in (*batch, value)) > AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(value)
+    if batch:
+        yield batch
+
+
+def _grams(graph: Path, feeds: list[Feed], values: list[str]) -> dict[str, NDArray[np.float32]]:
+    session = open_tapped(ir.load(graph), graph.parent, values)
+    grams: dict[str, NDArray[np.float32]] = {}
+    for feed in feeds:
+        for value, array in zip(values, session.run(values, feed), strict=True):
+            rows = array.reshape(-1, array.shape[-1])
+            grams[value] = grams.get(value, np.float32(0)) + rows.T @ rows
+    return grams
+
+
+def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], beside: np.dtype) -> Rounded:
+    """Integers (K, N) and scales (K / INT4_BLOCK, N) for a matrix (K, N).
+
+    Args:
+        gram: (K, K), sum of x x^T.
+    """
+    _, scale = int4_blocks(matrix, beside)
+    order = np.argsort(-np.diag(gram), kind="stable")
+    damped = gram[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(matrix))] += DAMPING * np.diag(gram).mean() or 1.0  # an unused layer: any order will do
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    steps = scale.astype(np.float32)[order // INT4_BLOCK]
+    left, integers = matrix[order], np.empty(matrix.shape, np.int8)
+    for start in range(0, len(matrix), LAZY):
+        block = slice(start, start + LAZY)
+        errors = np.empty_like(left[block])
+        for row in range(start, start + len(errors)):
+            rounded = to_int4(left[row] / steps[row])
+            integers[order[row]] = rounded
+            errors[row - start] = (left[row] - rounded * steps[row]) / upper[row, row]
+            left[row + 1 : block.stop] -= np.outer(upper[row, row + 1 : block.stop], errors[row - start])
+        left[block.stop :] -= upper[block, block.stop :].T @ errors
+    return integers, scale

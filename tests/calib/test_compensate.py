@@ -1,0 +1,80 @@
+"""INT4 rounding that makes up for its errors: the published algorithm written plainly finds the same."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from liteframe.calib import compensate
+from liteframe.calib.compensate import round_compensating, round_layers
+from liteframe.calib.placement import INT4_BLOCK, linear_layers
+from liteframe.calib.weights import int4_blocks
+
+FP32 = np.dtype(np.float32)
+
+
+def correlated(seed, rows=2 * INT4_BLOCK, columns=5, count=400):
+    """Weights (K, N), and activations (count, K) of which some channels go together."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(count, rows // 4)) @ rng.normal(size=(rows // 4, rows)) + 0.3 * rng.normal(
+        size=(count, rows)
+    )
+    return rng.normal(size=(rows, columns)).astype(np.float32), mixed.astype(np.float32)
+
+
+def one_by_one(matrix, gram, scale):
+    """Frantar et al., equations 2 and 3: after each row the inverse Hessian of those left, in double precision."""
+    left, integers = matrix.astype(np.float64), np.zeros(matrix.shape)
+    inverse = np.linalg.inv(gram.astype(np.float64) + np.eye(len(gram)) * np.diag(gram).mean() / 100)
+    for row in np.argsort(-np.diag(gram), kind="stable"):
+        steps = scale[row // INT4_BLOCK].astype(np.float64)
+        integers[row] = np.clip(np.rint(left[row] / steps), -8, 7)
+        error = (left[row] - integers[row] * steps) / inverse[row, row]
+        left -= np.outer(inverse[:, row], error)
+        inverse -= np.outer(inverse[:, row], inverse[row]) / inverse[row, row]
+    return integers
+
+
+@given(st.integers(0, 2**32))
+def test_it_is_the_published_algorithm(seed):
+    matrix, x = correlated(seed)
+    integers, scale = round_compensating(matrix, x.T @ x, FP32)
+    np.testing.assert_array_equal(scale, int4_blocks(matrix, FP32)[1])
+    expected = one_by_one(matrix, x.T @ x, scale)
+    assert (integers == expected).mean() > 0.99  # a tie decided by rounding errors changes what follows
+
+
+@given(st.integers(0, 2**32), st.sampled_from([FP32, np.dtype(np.float16)]))
+def test_the_layers_output_errs_less_than_with_the_nearest(seed, beside):
+    matrix, x = correlated(seed)
+
+    def error(integers, scale):
+        assert integers.min() >= -8 and integers.max() <= 7 and scale.dtype == beside
+        return np.square(x @ (integers * np.repeat(scale.astype(np.float32), INT4_BLOCK, axis=0) - matrix)).sum()
+
+    assert error(*round_compensating(matrix, x.T @ x, beside)) < 0.6 * error(*int4_blocks(matrix, beside))
+
+
+def test_channels_that_are_never_used_do_no_harm():
+    matrix, x = correlated(0)
+    x[:, 7] = 0
+    for gram in (x.T @ x, np.zeros((len(matrix), len(matrix)), np.float32)):
+        integers, _ = round_compensating(matrix, gram, FP32)
+        assert np.abs(integers).max() <= 8
+    np.testing.assert_array_equal(integers, int4_blocks(matrix, FP32)[0])  # nothing is known: the nearest
+
+
+@pytest.mark.parametrize("at_once", [1, compensate.AT_ONCE])
+def test_layers_of_a_graph_are_rounded_by_their_own_activations(tiny_graphs, feeds, run, monkeypatch, at_once):
+    path, calls = tiny_graphs["wide", "fused"], feeds["wide", "fused"]
+    monkeypatch.setattr(compensate, "AT_ONCE", at_once)  # one activation at a time, or all
+    layers = {str(n.name): n for n in linear_layers(ir.load(path)) if n.op_type == "MatMul"}
+    told = []
+    made = round_layers(path, calls, set(layers), FP32, lambda done, total: told.append((done, total)))
+    assert made.keys() == layers.keys()
+    assert told == [(i + 1, len(layers)) for i in range(len(layers))]
+    for name, (integers, _) in made.items():
+        value = str(layers[name].inputs[0].name)
+        x = np.concatenate([run(path, call, [value])[value].reshape(-1, len(integers)) for call in calls])
+        expected, _ = round_compensating(layers[name].inputs[1].const_value.numpy(), x.T @ x, FP32)
+        assert (integers == expected).mean() > 0.99
