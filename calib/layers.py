@@ -24,6 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..engines.package import InputError
+from .smooth import SMOOTHED
 
 # a value below either is broken: a tenth of its amplitude is noise, or it points elsewhere
 BROKEN_SNR_DB = 20.0
@@ -66,7 +67,8 @@ def compare_graphs(
         progress: told how many runs of how many are done.
 
     Compared are values named after a module, and outputs; other names are numbers that libraries give, and mean other
-    things in other graphs. A value that has another shape in the candidate is left out.
+    things in other graphs. A value that has another shape in the candidate is left out. One whose channels smoothing
+    has scaled is compared after scaling them back, each by the factor that fits best.
 
     Raises:
         InputError: a file is no ONNX graph or can't be run, the inputs differ, or no value is in both.
@@ -74,12 +76,16 @@ def compare_graphs(
     graphs, feeds = (LayerGraph.load(reference), LayerGraph.load(candidate)), list(feeds)
     check_inputs(*graphs, feeds)
     groups = list(_groups(*graphs, feeds[0]))
+    scaled = {*graphs[1].model.metadata_props.get(SMOOTHED, "").splitlines()}
     worst: dict[str, Figures] = {}
     for number, names in enumerate(groups):
         runs = zip(*([graph.runs(names, feeds) for graph in graphs]), strict=True)
         for done, (expected, found) in enumerate(runs, start=number * len(feeds) + 1):
             for name in names:
-                if (now := _figures(expected.pop(name), found.pop(name))) is not None:
+                r, c = expected.pop(name), found.pop(name)
+                if name in scaled and r.shape == c.shape:
+                    c = _scaled_back(r, c)
+                if (now := _figures(r, c)) is not None:
                     before = worst.get(name, now)
                     worst[name] = min(before[0], now[0]), max(before[1], now[1]), min(before[2], now[2])
             if progress is not None:
@@ -226,6 +232,17 @@ def _groups(reference: LayerGraph, candidate: LayerGraph, feed: Feed) -> Iterato
         held += size
     if group:
         yield group
+
+
+def _scaled_back(reference: NDArray, candidate: NDArray) -> NDArray:
+    """The candidate with each channel times the factor of least squared error. Where heads are apart, positions may be
+    any axis between the first and the last: the one that fits best."""
+    r, c = reference.astype(np.float64), candidate.astype(np.float64)
+    fits = []
+    for positions in [(0, axis) for axis in range(1, r.ndim - 1)] or [(0,)]:
+        power = np.square(c).sum(axis=positions, keepdims=True)
+        fits.append(c * ((r * c).sum(axis=positions, keepdims=True) / np.where(power > 0, power, 1)))
+    return min(fits, key=lambda fit: float(np.square(fit - r).sum()))
 
 
 def _figures(reference: NDArray, candidate: NDArray) -> Figures | None:

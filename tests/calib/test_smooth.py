@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from liteframe.calib.layers import compare_graphs
 from liteframe.calib.observe import observe_channels
 from liteframe.calib.placement import linear_layers
 from liteframe.calib.smooth import smooth
@@ -56,6 +57,18 @@ def test_a_smoothed_graph_computes_the_same(tiny_graphs, feeds, difference, key)
         assert set(reached) >= layers - {"lm_head/Gemm"}
 
 
+def test_the_values_that_are_scaled_are_listed(tiny_graphs, feeds, run, key):
+    """Every value, of all that both graphs compute, that is not the same is on the list."""
+    path, call = tiny_graphs[key], feeds[key][0]
+    model, _ = smoothed(path, feeds[key])
+    kinds = (ir.DataType.FLOAT,)
+    values = [str(v.name) for node in ir.load(path).graph for v in node.outputs if v.dtype in kinds]
+    before, after = run(path, call, values), run(model, call, values)
+    changed = {v for v in values if np.abs(before[v] - after[v]).max() > 1e-4 * np.abs(before[v]).max()}
+    assert changed
+    assert changed <= {*model.metadata_props["smoothed"].splitlines()}
+
+
 def test_no_division_passes_through_a_gelu(tiny_graphs, feeds):
     model, reached = smoothed(tiny_graphs["encoder", "fused"], feeds["encoder", "fused"])
     assert f"{GELU}.fc2/MatMul" not in reached
@@ -106,3 +119,17 @@ def test_a_channel_that_is_never_used_keeps_its_weights(edited, feeds, differenc
     name = f"{ATTENTION}.q_proj/MatMul"
     np.testing.assert_array_equal(weight(model, name, 1)[5], weight(ir.load(path), name, 1)[5])
     assert difference(path, model, feeds["decoder", "fused"]) <= 1e-5
+
+
+def test_drift_compares_what_is_scaled_after_scaling_it_back(tiny_graphs, feeds, tmp_path, key):
+    """So that in a smoothed graph nothing drifts, and a wrong factor in a layer still does."""
+    path, calls = tiny_graphs[key], feeds[key][:1]
+    model, _ = smoothed(path, feeds[key])
+    ir.save(model, tmp_path / "smoothed.onnx", external_data="smoothed.data")
+    assert min(row.snr_db for row in compare_graphs(path, tmp_path / "smoothed.onnx", calls)) > 80
+    layer = next(n for n in model.graph if str(n.name).endswith(("down_proj/MatMul", "mlp.fc2/MatMul")))
+    wrong = layer.inputs[1].const_value.numpy() * np.float32(1.2)
+    layer.inputs[1].const_value = ir.tensor(wrong, name=layer.inputs[1].name)
+    ir.save(model, tmp_path / "wrong.onnx", external_data="wrong.data")
+    rows = {row.value: row.snr_db for row in compare_graphs(path, tmp_path / "wrong.onnx", calls)}
+    assert rows[str(layer.outputs[0].name)] == pytest.approx(20 * np.log10(1 / 0.2), abs=0.1)
