@@ -239,7 +239,8 @@ def _scaled_back(reference: NDArray, candidate: NDArray) -> NDArray:
     any axis between the first and the last: the one that fits best."""
     r, c = reference.astype(np.float64), candidate.astype(np.float64)
     fits = []
-    for positions in [(0, axis) for axis in range(1, r.ndim - 1)] or [(0,)]:
+    for between in range(1, max(r.ndim - 1, 2)):
+        positions = (0, between) if r.ndim > 2 else 0
         power = np.square(c).sum(axis=positions, keepdims=True)
         fits.append(c * ((r * c).sum(axis=positions, keepdims=True) / np.where(power > 0, power, 1)))
     return min(fits, key=lambda fit: float(np.square(fit - r).sum()))

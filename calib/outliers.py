@@ -20,7 +20,7 @@ from ..engines.graph_edits import add_initializer, bias_behind, output_like
 from .placement import OF_OUTLIERS, linear_layers
 
 SHARE = 24  # one of so many channels at most is set apart
-STANDS_OUT = 2  # so many times the largest of the others: one of eight bits is won
+STANDS_OUT = 4  # so many times the largest of the others: two of eight bits are won
 
 
 def set_apart(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> list[str]:

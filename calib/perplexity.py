@@ -8,7 +8,7 @@ other node stays as it is, so that what is measured is the graph or the ONNX Run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import NormalDist
 
@@ -53,6 +53,34 @@ def token_losses(
         InputError: the decoder is not such a graph, ids are not in the vocabulary or do not fill a window, or a window
             is longer than the decoder's cache.
     """
+    losses = []
+    for number, (tokens, logits) in enumerate(_window_logits(decoder, embeddings, ids, window, threads), start=1):
+        losses.append(_negative_log_likelihoods(logits, tokens[1:]))
+        if progress is not None:
+            progress(number)
+    return np.stack(losses)
+
+
+def token_divergences(
+    reference: Path, decoder: Path, embeddings: NDArray, ids: NDArray[np.int64], window: int = 512
+) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence, in nats, of the decoder's next-token distributions from the reference's: float64
+    (windows, window - 1), over windows as in `token_losses`.
+
+    On text that was sampled from the reference, its mean is the expected increase of the mean loss. The increase itself
+    varies with the tokens that happened to be drawn, this does not.
+
+    Raises:
+        InputError: as `token_losses`.
+    """
+    both = (_window_logits(path, embeddings, ids, window) for path in (reference, decoder))
+    return np.stack([_divergences(expected, found) for (_, expected), (_, found) in zip(*both, strict=True)])
+
+
+def _window_logits(
+    decoder: Path, embeddings: NDArray, ids: NDArray[np.int64], window: int, threads: int | None = None
+) -> Iterator[tuple[NDArray[np.int64], NDArray]]:
+    """The tokens of each window, and the logits (window - 1, vocabulary) at all but the last of them."""
     if window < 2 or ids.ndim != 1 or len(ids) < window:
         raise InputError(
             f"token ids of shape {ids.shape} can't be cut into windows of {window}; at least one window of two tokens "
@@ -69,8 +97,7 @@ def token_losses(
     if embeddings.shape[1:] != (width,):
         raise InputError(f"{decoder}: takes embeddings of {width}, those given are of shape {embeddings.shape}")
     windows = ids[: len(ids) // window * window].reshape(-1, window)
-    losses = np.empty((len(windows), window - 1))
-    for number, tokens in enumerate(windows):
+    for tokens in windows:
         feed["inputs_embeds"] = embeddings[tokens[:-1]][None].astype(dtype)
         (logits,) = session.run(["logits"], feed)
         if logits.shape != (window - 1, len(embeddings)):
@@ -78,10 +105,7 @@ def token_losses(
                 f"{decoder}: gave logits of shape {logits.shape}, expected {(window - 1, len(embeddings))}; are the "
                 "embeddings those of this decoder?"
             )
-        losses[number] = _negative_log_likelihoods(logits, tokens[1:])
-        if progress is not None:
-            progress(number + 1)
-    return losses
+        yield tokens, logits
 
 
 def perplexity(losses: NDArray[np.float64]) -> float:
@@ -190,3 +214,18 @@ def _negative_log_likelihoods(logits: NDArray, targets: NDArray[np.int64]) -> ND
             losses[block] = -np.take_along_axis(rows, targets[block, None], axis=1)[:, 0]
             losses[block] += np.log(np.exp(rows, out=rows).sum(axis=1))
     return losses
+
+
+def _divergences(expected: NDArray, found: NDArray) -> NDArray[np.float64]:
+    """sum(p (log p - log q)) of each row, in double precision."""
+    made = np.empty(len(expected))
+    for start in range(0, len(expected), ROWS):
+        block = slice(start, start + ROWS)
+        logs = []
+        with np.errstate(invalid="ignore"):
+            for logits in (expected, found):
+                rows = logits[block].astype(np.float64)
+                rows -= rows.max(axis=1, keepdims=True)
+                logs.append(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
+        made[block] = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1)
+    return made

@@ -17,7 +17,7 @@ INT8    Every product with a matrix of weights (a linear layer), except those na
         A layer of which only one position is wanted, the language model's head, waits for its weights, not for
         arithmetic: only they are INT8. So it is with the decoder's layers in `kept`.
 WEIGHTS Only the weights of every linear layer: INT8 per output channel, or INT4 in blocks of INT4_BLOCK along
-        the inputs; the head, and layers that such blocks do not divide, in INT8.
+        the inputs; the head, and layers that such blocks or pairs of outputs do not divide, in INT8.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def plan(
             if weights_of_kept:
                 made.weights[name] = 8
         elif quantise == "int4-weights":
-            made.weights[name] = 8 if head or weight.shape.numpy()[0] % INT4_BLOCK else 4
+            rows, columns = weight.shape.numpy()
+            made.weights[name] = 8 if head or rows % INT4_BLOCK or columns % 2 else 4
         elif quantise == "int8-weights" or head:
             made.weights[name] = 8
         else:

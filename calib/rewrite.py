@@ -22,6 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..engines.graph_edits import add_cast, add_initializer, bias_behind, insert_behind, output_like
+from ..engines.targets import PLAIN_OPSET_INT4
 from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, pixel_nodes
 from .ranges import asymmetric, symmetric
 from .weights import Rounded, int4_blocks, int8_channels, representable
@@ -285,8 +286,10 @@ def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int, rounded: Mappi
     quantised, scale = rounded[name] if name in rounded else int4_blocks(matrix, beside)
     stored = add_initializer(graph, f"{name}:1_int4", quantised.astype(ml_dtypes.int4))
     steps = add_initializer(graph, f"{name}:1_scale", scale.astype(beside))
+    zero = add_initializer(graph, f"{name}:1_zero_point", np.zeros(scale.shape, ml_dtypes.int4))
     attributes = {"axis": 0, "block_size": INT4_BLOCK}
-    node = ir.node("DequantizeLinear", [stored, steps], attributes, name=f"{name}:1_DequantizeLinear")
+    graph.opset_imports[""] = max(graph.opset_imports[""], PLAIN_OPSET_INT4)
+    node = ir.node("DequantizeLinear", [stored, steps, zero], attributes, name=f"{name}:1_DequantizeLinear")
     out = output_like(node, steps)
     out.shape = stored.shape
     graph.insert_before(layer, node)

@@ -14,20 +14,20 @@ from .placement import INT4_BLOCK
 Rounded = tuple[NDArray[np.int8], NDArray]  # integers (K, N); scales (N,) or (K / INT4_BLOCK, N)
 
 
-def int8_channels(matrix: NDArray, beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
+def int8_channels(matrix: NDArray, beside: np.dtype) -> Rounded:
     """Integers from -127 to 127 (K, N) and scales (N,), in the type beside them."""
     scale = representable(np.abs(matrix).max(axis=0) / 127, beside)
     return np.clip(np.rint(matrix / scale.astype(np.float32)), -127, 127).astype(np.int8), scale
 
 
-def int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> tuple[NDArray[np.int8], NDArray]:
+def int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> Rounded:
     """Integers from -8 to 7 (K, N) and scales (K / INT4_BLOCK, N), in the type beside them."""
     blocks = matrix.reshape(-1, INT4_BLOCK, matrix.shape[1])
-    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1, keepdims=True), axis=1)
+    peak = np.abs(blocks).max(axis=1, keepdims=True)
     best = np.full(peak.shape, np.inf, np.float32)
     scale, integers = np.ones_like(peak), np.zeros(blocks.shape, np.int8)
-    for divisor in (-8.0, -7.5, -7.0, -6.5, -6.0, 7.0, 6.5, 6.0, 5.5):  # -8 has no positive counterpart
-        candidate = _signed_representable(peak / divisor, beside)
+    for divisor in (8.0, 7.5, 7.0, 6.5, 6.0, 5.5):  # what is largest may be clipped
+        candidate = representable(peak / divisor, beside).astype(np.float32)
         rounded = to_int4(blocks / candidate)
         error = np.square(rounded * candidate - blocks).sum(axis=1, keepdims=True)
         better = error < best
@@ -38,12 +38,6 @@ def int4_blocks(matrix: NDArray[np.float32], beside: np.dtype) -> tuple[NDArray[
 
 def to_int4(steps: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip(np.rint(steps), -8, 7)
-
-
-def _signed_representable(scale: NDArray, beside: np.dtype) -> NDArray[np.float32]:
-    """Scales of weights may be negative: the sign decides which end of the range gets the eighth level."""
-    tiny = np.finfo(beside).tiny
-    return np.where(np.abs(scale) < tiny, tiny, scale).astype(beside).astype(np.float32)
 
 
 def representable(scale: float | NDArray, beside: np.dtype) -> NDArray:

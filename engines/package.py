@@ -161,6 +161,7 @@ class Manifest(_Strict, frozen=True):
     """
     Attributes:
         commands: polygraphy's command lines and their inputs.
+        drift: the report of how far layers are from FP32; none in FP32.
         allowed_drift: gates that failed and were overridden.
         sha256: of the manifest itself with this field left empty.
     """
@@ -173,6 +174,7 @@ class Manifest(_Strict, frozen=True):
     graphs: list[Graph]
     engines: list[Engine]
     commands: list[File]
+    drift: list[File]
     allowed_drift: list[str]
     sha256: str
 
@@ -180,7 +182,7 @@ class Manifest(_Strict, frozen=True):
         parts: list[Graph | Engine] = [*self.graphs, *self.engines]
         for part in parts:
             yield from part.files
-        yield from self.commands
+        yield from (*self.commands, *self.drift)
         yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
 
 

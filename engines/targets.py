@@ -79,14 +79,35 @@ def dialect_for_tensorrt(version: str) -> Dialect:
     return "fused" if (major, minor) >= FUSED_SINCE else "plain"
 
 
-# The `plain` floor. TensorRT 10.x's parser documents these operators for opsets 9 to 20 (onnx-tensorrt,
-# docs/operators.md, branch 10.1-GA; JetPack 6's 10.3 is later). Only operators that graphs of this project may hold
-# are listed; anything else is refused before a bundle leaves.
-PLAIN_OPSET = 20
-PLAIN_OPERATORS = frozenset(
-    """Add And Cast CastLike Clip Concat Constant ConstantOfShape Conv Cos CumSum DequantizeLinear Div Einsum Equal Erf
-    Exp Expand Flatten Gather GatherElements GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less
-    LessOrEqual Log MatMul Max Min Mul Neg Not Or Pad Pow QuantizeLinear Range Reciprocal ReduceMax ReduceMean ReduceMin
-    ReduceSum Relu Reshape ScatterElements ScatterND Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
-    Transpose Trilu Unsqueeze Where""".split()
-)
+# The `plain` floor: operators and the types of what they compute on, as TensorRT 10.x's parser documents them for
+# opsets 9 to 20 (onnx-tensorrt, docs/operators.md, branch 10.1-GA; JetPack 6's 10.3 is later). Only operators that
+# graphs of this project may hold are listed; anything else is refused before a bundle leaves. That parser takes INT4
+# too, for which ONNX has operators since opset 21; it reads the size of blocks off the scales, and wants these positive
+# (QuantDequantLinearHelper in its onnxOpImporters.cpp).
+PLAIN_OPSET, PLAIN_OPSET_INT4 = 20, 21
+_FLOATS = frozenset({"fp32", "fp16", "bf16"})
+_NUMBERS = _FLOATS | {"int32", "int64"}
+PLAIN_TYPES: dict[str, frozenset[str]] = {
+    operator: types
+    for types, operators in (
+        (frozenset({"bool"}), "And Not Or"),
+        (
+            _FLOATS,
+            """Clip Conv Cos CumSum Einsum Erf Exp Gelu Gemm LayerNormalization Log MatMul Pow QuantizeLinear Reciprocal
+            Sigmoid Sin Softmax Sqrt Tanh""",
+        ),
+        (
+            _NUMBERS,
+            """Add Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Neg Pad Range ReduceMax ReduceMean
+            ReduceMin ReduceSum Relu ScatterElements ScatterND Sub TopK""",
+        ),
+        (
+            _NUMBERS | {"bool"},
+            """Concat Constant ConstantOfShape Expand Flatten Gather GatherElements GatherND Identity Reshape Shape
+            Slice Split Squeeze Transpose Trilu Unsqueeze Where""",
+        ),
+        (_NUMBERS | {"bool", "uint8"}, "Cast CastLike"),
+        (frozenset({"int8", "int4"}), "DequantizeLinear"),
+    )
+    for operator in operators.split()
+}

@@ -23,7 +23,6 @@ if __package__ in (None, ""):  # run as a script: this folder's modules must not
 
 import msgspec
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from rich.console import Console
@@ -31,12 +30,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ..calib.drift_report import summary, write_report
+from ..calib.layers import LayerDrift
 from ..calib.ranges import METHODS
 from ..engines import compile_onnxruntime, compile_tensorrt, package, proof
+from ..engines.inspect_package import describe_kept
 from ..engines.package import (
     Engine,
     File,
-    GateError,
     Graph,
     InputError,
     Kept,
@@ -45,13 +46,14 @@ from ..engines.package import (
     Profile,
     TensorSpec,
 )
-from ..engines.targets import PLAIN_OPERATORS, PLAIN_OPSET, PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
+from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
 from ..runtime.cli import guard
 from .artifact import Artifact, load_artifact
+from .check_plain import check_plain
 from .models.reducers import REDUCERS, WINDOWS
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
-from .trace import OPSETS, WeightsFile, trace_decoder, trace_encoder
+from .trace import WeightsFile, trace_decoder, trace_encoder
 from .verify import Verifier, sample_clips
 
 QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
@@ -111,6 +113,7 @@ def build(
             )
         graphs = _make_graphs(artifact, model, target, verifier, lowering, folder / "graphs", Path(scratch))
         engines = _make_engines(graphs, target, verifier, lowering, folder, max_workspace)
+        drift = _report_drift(lowering, folder) if lowering is not None else []
         if target.compiler == "onnxruntime":  # its engines are the graphs, optimised
             for path in sorted((folder / "graphs").iterdir()):
                 path.unlink()
@@ -133,6 +136,7 @@ def build(
                 graphs=graphs,
                 engines=engines,
                 commands=write_commands(folder, target, [*graphs, *engines], clips, prompt),
+                drift=drift,
                 allowed_drift=lowering.allowed if lowering is not None else [],
                 sha256="",
             )
@@ -152,11 +156,6 @@ def _check_arguments(
             raise InputError(
                 f"{name} in {precision}: the target {target.name} lacks it; it has {', '.join(target.precisions)}"
             )
-    if "int4-weights" in asked.values() and "plain" in target.dialects:
-        raise InputError(
-            f"decoder in int4-weights: packages for {target.name} hold the plain dialect, opset {PLAIN_OPSET}, without "
-            "INT4; use int8-weights"
-        )
     if max_workspace is not None and target.compiler == "onnxruntime":
         raise InputError(f"--max-workspace limits TensorRT's compiler, which packages for {target.name} do without")
     if set(asked.values()) == {"fp32"} and (calib or calib_cache):
@@ -242,11 +241,12 @@ def _make_graphs(
                         traced = trace_decoder(artifact.decoder, dialect, capacity)
                     if lowering is not None:
                         kept = lowering.lower(name, dialect, traced)
+                    opset = traced.graph.opset_imports[""]
                     inputs, outputs = (_specs(values, model) for values in (traced.graph.inputs, traced.graph.outputs))
                     weights.save(traced, path)
                     del traced
                     if dialect == "plain":
-                        _check_plain(path)
+                        check_plain(path)
                 parity: dict[str, float] = {}
                 if lowering is None:
                     with _step(f"verify the {name} graph, {dialect}"):
@@ -258,7 +258,7 @@ def _make_graphs(
                 graph = Graph(
                     name=name,
                     dialect=dialect,
-                    opset=OPSETS[dialect],
+                    opset=opset,
                     files=[],
                     inputs=inputs,
                     outputs=outputs,
@@ -296,17 +296,6 @@ def _specs(values: Sequence[ir.Value], model: package.Model) -> list[TensorSpec]
         dtype = value.dtype.numpy().name
         specs.append(TensorSpec(name=str(value.name), dtype=dtype, shape=shape, profile=profile))
     return specs
-
-
-def _check_plain(path: Path) -> None:
-    """Raises GateError when a `plain` graph needs more than TensorRT 10's first parsers have."""
-    model = onnx.load(path, load_external_data=False)
-    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
-    functions = {function.name for function in model.functions}
-    foreign = sorted({node.op_type for node in nodes} - PLAIN_OPERATORS - functions)
-    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
-    if foreign or opset > PLAIN_OPSET:
-        raise GateError(f"{path.name}: opset {opset} with {', '.join(foreign)}, which TensorRT 10.3 may not parse")
 
 
 def _make_engines(
@@ -369,6 +358,19 @@ def _make_engines(
     return engines
 
 
+def _report_drift(lowering: Lowering, folder: Path) -> list[File]:
+    """Layer by layer, how far the package's graphs are from their FP32 references."""
+    rows: dict[str, list[LayerDrift]] = {}
+    for graph in GRAPHS:
+        with _step(f"compare the {graph}'s layers with FP32") as progress:
+            rows[graph] = lowering.drift(graph, folder / "graphs" / f"{graph}.fused.onnx", progress)
+        Progress.print(f"{'':20}{summary(rows[graph])}", highlight=False, markup=False)
+    asked = " and ".join(f"{name} in {lowering.asked[name]}" for name in GRAPHS)
+    title = f"Drift of {lowering.artifact.name} for {lowering.target.name} from FP32: {asked}"
+    write_report(folder / "drift", title, rows)
+    return [package.describe_file(folder, path) for path in sorted((folder / "drift").iterdir())]
+
+
 def _without_profiles(specs: list[TensorSpec]) -> list[TensorSpec]:
     """ONNX Runtime takes any size."""
     return [msgspec.structs.replace(spec, profile=None) for spec in specs]
@@ -396,20 +398,26 @@ def _write_text(artifact: Artifact, table: NDArray, folder: Path) -> package.Tex
 
 
 def print_report(made: package.Package) -> None:
-    table = Table("", "compiler", "capability", "precision found", "MB", "against torch", box=None, pad_edge=False)
     parts: list[Engine | Graph] = [*made.manifest.engines, *made.manifest.graphs]
+    table = Table("", "compiler", "capability", "tensors found", "MB", "against FP32", box=None, pad_edge=False)
     for part in parts:
+        found = ", ".join(f"{count} {name}" for name, count in part.precision.found.items())
         size = f"{sum(file.bytes for file in part.files) / 1e6:.0f}"
         figures = "not run: no such device here"
         if part.parity is not None:
-            figures = f"cosine {part.parity['cosine']:.7f}"
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.6f}" for name, value in part.parity.items())
         if isinstance(part, Engine):
-            found = ", ".join(f"{count} {name}" for name, count in part.precision.found.items())
             capability = " ".join(part.capabilities) or "any"
             table.add_row(f"{part.name} engine", part.compiler, capability, found, size, figures)
         else:
-            table.add_row(f"{part.name} graph, {part.dialect}", "", "", "", size, figures)
+            table.add_row(f"{part.name} graph, {part.dialect}", "", "", found, size, figures)
     Progress.print(table)
+    for part in parts:
+        if lines := describe_kept(part.precision.kept):
+            Progress.print(f"{part.name}, {part.dialect}, {part.precision.asked}:", highlight=False)
+            Progress.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
+    for line in made.manifest.allowed_drift:
+        Progress.print(f"drift allowed: {line}", highlight=False, markup=False)
     Progress.print(f"{'engine package' if made.manifest.engines else 'bundle'}: {made.folder}", highlight=False)
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ..calib import calibrate, compensate, perplexity, placement, rewrite, sensitivity
 from ..calib.bisect import MEAN_COSINE, PERPLEXITY, WORST_COSINE, clip_cosines
 from ..calib.clips import read_calibration_clips
+from ..calib.layers import LayerDrift, compare_graphs
 from ..calib.observe import Feed, observe
 from ..calib.ranges import choose_range
 from ..calib.smooth import smooth
@@ -52,13 +53,13 @@ OWN_WINDOWS = 16  # of text that the decoder writes itself
 PROMPT_CLIPS = 4  # in each of the video prompts
 SCAN_FEEDS = 2
 
-# What the layers together may cost before the costliest are left out. The gate allows an encoder noise of power
-# 2 (1 - cosine) = 0.02, of which this is half, and a decoder a divergence of log(1.02) = 0.02 or log(1.08) = 0.08, of
-# which this is TODO.
+# What the layers together may cost before the costliest are left out. The gates allow a noise of power 2 (1 - 0.99) in
+# visual tokens, and a divergence of log(1.02) or log(1.08) of next tokens; together layers cost more than the sum of
+# each alone.
 BUDGET: dict[tuple[GraphName, Asked], float] = {
     ("encoder", "int8"): 0.01,
-    ("decoder", "int8"): 0.005,
-    ("decoder", "int4-weights"): 0.03,
+    ("decoder", "int8"): 0.015,
+    ("decoder", "int4-weights"): 0.05,
 }
 
 
@@ -69,6 +70,8 @@ class Lowering:
     Attributes:
         graphs: the FP32 references, in `scratch`.
         clips: uint8 (n, T, H, W, 3), calibrating and held out.
+        windows: token ids (n, WINDOW), calibrating and held out; `own_text` if the decoder wrote them.
+        engines: the references, compiled for the CPU.
         kept: linear layers that stay in higher precision, by graph, with the reason.
         costs: of each linear layer alone, by graph.
         rounded: the decoder's weights in INT4, by layer.
@@ -84,10 +87,12 @@ class Lowering:
     graphs: dict[GraphName, Path]
     clips: NDArray[np.uint8]
     windows: NDArray[np.int64]
+    own_text: bool
     calibrations: dict[str, calibrate.Calibration] = field(default_factory=dict)
     kept: dict[str, dict[str, str]] = field(default_factory=dict)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     rounded: dict[str, Rounded] = field(default_factory=dict)
+    engines: dict[str, Path] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
     feeds: dict[GraphName, list[Feed]] = field(default_factory=dict)
     allowed: list[str] = field(default_factory=list)
@@ -137,25 +142,17 @@ class Lowering:
 
     def _audit(self, name: GraphName, model: ir.Model, dialect: Dialect) -> dict[str, float]:
         """Largest absolute values in a graph that is not as it was observed."""
-        shapes = {str(value.name): value.shape.dims for value in model.graph.inputs if value.shape is not None}
-
-        def empty_caches(feed: Feed) -> Feed:
-            """As this graph takes them: nothing yet, or a fixed number of positions, or as many as there are."""
-            made = dict(feed)
-            for key in feed:
-                if "_cache_" in key:
-                    length = shapes[key][2]
-                    _, heads, positions, size = feed[key].shape
-                    positions = 0 if dialect == "plain" else length if isinstance(length, int) else positions
-                    made[key] = np.zeros((1, heads, positions, size), np.float32)
-            return made
-
-        feeds = [empty_caches(feed) for feed in self.feeds[name]]
+        feeds = [_fit_caches(feed, model, dialect) for feed in self.feeds[name]]
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             graph = Path(folder) / "audited.onnx"
             with WeightsFile(graph.with_suffix(".data")) as weights:
                 weights.save(model.clone(), graph)
             return observe(graph, feeds, histograms_too=False).largest
+
+    def drift(self, name: GraphName, candidate: Path, progress: Progress) -> list[LayerDrift]:
+        """How far the layers of a `fused` graph are from the reference's, on calibration data."""
+        feed = _fit_caches(self.feeds[name][-1], ir.load(candidate), "fused")
+        return compare_graphs(self.graphs[name], candidate, [feed], progress)
 
     def _ranges(self, name: GraphName) -> dict[str, tuple[float, float]]:
         if self.asked[name] != "int8":
@@ -205,8 +202,14 @@ class Lowering:
                         name, f"{figure} {figures[figure]:.5f} on held-out clips, the gate is {gate[self.asked[name]]}"
                     )
         else:
-            losses = perplexity.token_losses(engine, self.table, self.held_out_windows.reshape(-1), WINDOW)
-            increase, sure = perplexity.cost(self.references["decoder"], losses)
+            ids = self.held_out_windows.reshape(-1)
+            losses = perplexity.token_losses(engine, self.table, ids, WINDOW)
+            reference = self.references["decoder"]
+            if self.own_text:
+                reference = losses - perplexity.token_divergences(
+                    self.engines["decoder"], engine, self.table, ids, WINDOW
+                )
+            increase, sure = perplexity.cost(reference, losses)
             figures = {"perplexity": perplexity.perplexity(losses), "perplexity_increase": increase}
             if np.isfinite(sure):
                 figures["perplexity_increase_95"] = sure
@@ -306,9 +309,10 @@ def prepare(
         graphs,
         clips,
         np.empty((0, WINDOW), np.int64),
+        not texts,
         calibrations,
     )
-    engines = {}
+    engines = lowering.engines
     for name, graph in graphs.items():
         engines[name] = compile_onnxruntime.compile_graph(
             graph, scratch / f"{name}.engine.onnx", "CPUExecutionProvider"
@@ -415,6 +419,17 @@ def _decoder_feeds(
         )
     prompts += [table[window] for window in windows]
     return [_into_empty_caches(artifact, prompt) for prompt in prompts]
+
+
+def _fit_caches(feed: Feed, model: ir.Model, dialect: Dialect) -> Feed:
+    """Empty caches as the graph takes them: holding nothing, or a fixed number of positions, or as many as are fed."""
+    fitted = dict(feed)
+    for value in model.graph.inputs[2:]:
+        _, heads, positions, size = feed[str(value.name)].shape
+        fixed = value.shape[2] if value.shape is not None else None
+        positions = 0 if dialect == "plain" else fixed if isinstance(fixed, int) else positions
+        fitted[str(value.name)] = np.zeros((1, heads, positions, size), np.float32)
+    return fitted
 
 
 def _into_empty_caches(artifact: Artifact, prompt: NDArray[np.float32]) -> Feed:

@@ -116,10 +116,23 @@ def _trace(
     # transposed weights are folded whatever their size: engines and quantisers want them as plain initializers
     onnxscript.optimizer.fold_constants(model, input_size_limit=1 << 40, output_size_limit=1 << 40)
     onnxscript.optimizer.remove_unused_nodes(model)
+    if dialect == "plain":
+        _take_shapes_after_casts(model)
     _add_functions(model, opset)
     _name_after_modules(model)
     model.producer_name, model.producer_version = "liteframe", version("liteframe")
     return model
+
+
+def _take_shapes_after_casts(model: ir.Model) -> None:
+    """TensorRT 10's first parsers document UINT8 for Cast alone, not for Shape."""
+    for value in model.graph.inputs:
+        readers = [user for user, _ in value.uses()]
+        cast = next((user for user in readers if user.op_type == "Cast"), None)
+        for user in readers:
+            if cast is not None and user.op_type == "Shape":
+                user.replace_input_with(0, cast.outputs[0])
+    model.graph.sort()
 
 
 def _add_functions(model: ir.Model, opset: int) -> None:

@@ -16,8 +16,8 @@ ATTENTION = "model.layers.0.self_attn"
 GELU = "backbone.vit.blocks.0.mlp"
 
 
-def times_40(array):
-    array[..., 5] *= 40
+def stand_out(array):
+    array[..., 5] = 40
     return array
 
 
@@ -27,8 +27,8 @@ def outlier(edited):
 
     def outlier(key):
         if key[0] != "encoder":
-            return edited(key, {f"{NORM}.weight": times_40}), f"{ATTENTION}.q_proj/MatMul"
-        return edited(key, {f"{GELU}.fc1/MatMul:1": times_40, f"{GELU}.fc1.bias": times_40}), f"{GELU}.fc2/MatMul"
+            return edited(key, {f"{NORM}.weight": stand_out}), f"{ATTENTION}.q_proj/MatMul"
+        return edited(key, {f"{GELU}.fc1/MatMul:1": stand_out, f"{GELU}.fc1.bias": stand_out}), f"{GELU}.fc2/MatMul"
 
     return outlier
 

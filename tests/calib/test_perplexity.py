@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from liteframe.calib.perplexity import cost, perplexity, token_losses
+from liteframe.calib.perplexity import cost, perplexity, token_divergences, token_losses
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.engines.package import InputError
 from liteframe.export.models.decoder import Decoder, DecoderConfig
@@ -195,6 +195,19 @@ def scaled_head(graphs, factor):
     weights = model.graph.outputs[0].producer().inputs[1]
     weights.const_value = ir.tensor(weights.const_value.numpy() * np.float32(factor), name=weights.name)
     return model
+
+
+def test_divergence_is_what_the_loss_rises_by_on_average_over_the_references_own_choices(graphs, table, tmp_path):
+    """The last token of a window is made each of the vocabulary's in turn, and weighted by its probability."""
+    other = save(scaled_head(graphs, 0.5), tmp_path / "other.onnx")
+    window = IDS[:WINDOW].copy()
+    (divergences,) = token_divergences(graphs["fused"], other, table, window, WINDOW)
+    assert divergences.shape == (WINDOW - 1,) and divergences.min() > 0
+    windows = np.repeat(window[None], VOCABULARY, axis=0)
+    windows[:, -1] = np.arange(VOCABULARY)
+    ours, theirs = (token_losses(graph, table, windows.ravel(), WINDOW)[:, -1] for graph in (graphs["fused"], other))
+    assert divergences[-1] == pytest.approx(np.exp(-ours) @ (theirs - ours), rel=1e-5)
+    np.testing.assert_array_equal(token_divergences(other, other, table, window, WINDOW), 0)
 
 
 def test_a_decoder_that_knows_nothing_has_the_vocabulary_for_its_perplexity(graphs, table, tmp_path):

@@ -271,7 +271,7 @@ def test_a_built_bundle_is_finished(orin, tmp_path, device, monkeypatch, version
     load = compile_tensorrt.load
     device(version=version)
 
-    def compile_for_ampere(graph, inputs, flavour, capabilities):
+    def compile_for_ampere(graph, inputs, flavour, capabilities, max_workspace):
         with monkeypatch.context() as patch:
             patch.setattr(compile_tensorrt, "load", load)
             return replace(compile_graph(graph, inputs, "tensorrt-rtx", ["8.6"]), version=version)

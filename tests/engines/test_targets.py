@@ -2,7 +2,7 @@
 
 import onnx
 import pytest
-from liteframe.engines.targets import PLAIN_OPERATORS, PLAIN_OPSET, TARGETS, dialect_for_tensorrt
+from liteframe.engines.targets import PLAIN_OPSET, PLAIN_TYPES, TARGETS, dialect_for_tensorrt
 
 # name: compute capabilities, compiler, ahead-of-time compiler, provider, as users are told
 TABLE = {
@@ -62,9 +62,9 @@ def test_no_gpu_fits_two_targets():
 
 def test_every_plain_operator_is_onnxs_own_at_the_plain_opset():
     assert PLAIN_OPSET == 20
-    for name in PLAIN_OPERATORS:
+    for name in PLAIN_TYPES:
         assert not onnx.defs.get_schema(name, PLAIN_OPSET).deprecated, name
 
 
 def test_the_operators_of_the_fused_dialect_are_not_plain():
-    assert not PLAIN_OPERATORS & {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
+    assert not PLAIN_TYPES.keys() & {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from liteframe.engines.package import GateError, InputError, open_package
-from liteframe.engines.targets import TARGETS
+from liteframe.engines.targets import PLAIN_TYPES, TARGETS
 from liteframe.export import build_engine, verify
 from liteframe.export.artifact import LiteFrameFolder
 from liteframe.export.build_engine import build
@@ -193,7 +193,7 @@ def test_a_compiler_that_changes_the_precision_fails_the_build(tiny_artifact, tm
 
 
 def test_an_operator_beyond_the_plain_floor_fails_the_build(tiny_artifact, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_engine, "PLAIN_OPERATORS", build_engine.PLAIN_OPERATORS - {"Softmax"})
+    monkeypatch.delitem(PLAIN_TYPES, "Softmax")
     with pytest.raises(GateError, match=r"encoder\.plain\.onnx: opset 20 with Softmax, which TensorRT 10\.3 may not"):
         build(tiny_artifact, "jetson-orin", tmp_path / "out", frames=16)
 

@@ -9,8 +9,10 @@ import pytest
 from liteframe.calib.clips import save_clips
 from liteframe.engines.package import GateError, InputError, open_package
 from liteframe.export import precision
-from liteframe.export.build_engine import build
+from liteframe.export.build_engine import build, print_report
 from liteframe.runtime import VideoSession
+
+DRIFT = ["drift-decoder.png", "drift-encoder.png", "drift.html"]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,15 @@ def little_text(monkeypatch):
     ("asked", "decoder", "products"),
     [("fp16", None, 0), ("int8", None, 12 + 15), ("fp16", "int8-weights", 15), ("fp16", "int4-weights", 15)],
 )
-def test_a_cpu_package_computes_what_was_asked_for_and_answers(built, asked, decoder, products):
+def test_a_cpu_package_computes_what_was_asked_for_and_answers(built, capsys, asked, decoder, products):
     made = built("cpu", asked, decoder)
+    print_report(made)
+    report = " ".join(capsys.readouterr().err.split())
+    for wanted in ("mean cosine", "perplexity increase", *(["encoder, fused, fp16:", "by rule"] * (asked == "fp16"))):
+        assert wanted in report
+    assert [f.path for f in made.manifest.drift] == [f"drift/{n}" for n in DRIFT]
+    page = made.path(made.manifest.drift[-1]).read_text()
+    assert "backbone.vit.blocks.1.mlp.fc2" in page and "model.layers.1.mlp.down_proj" in page
     assert [e.precision.asked for e in made.manifest.engines] == [asked, decoder or asked]
     kernels = []
     for engine in made.manifest.engines:
@@ -74,7 +83,9 @@ def test_a_cpu_package_computes_what_was_asked_for_and_answers(built, asked, dec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "decoder"), [("fp16", None), ("int8", None), ("fp16", "int8-weights")])
+@pytest.mark.parametrize(
+    ("asked", "decoder"), [("fp16", None), ("int8", None), ("fp16", "int8-weights"), ("fp16", "int4-weights")]
+)
 @pytest.mark.parametrize("target", ["a100", "jetson-orin"])
 def test_tensorrt_packages_are_proven_in_every_dialect(built, target, asked, decoder):
     made = built(target, asked, decoder)
@@ -131,10 +142,6 @@ def test_a_cache_serves_other_precisions_and_only_its_own_graphs(tiny_artifact, 
     [
         ({"precision": "int8"}, r"precision int8 and int8 needs calibration clips and none were given"),
         ({"precision": "int8", "target": "cuda"}, r"encoder in int8: the target cuda lacks it; it has fp32, fp16"),
-        (
-            {"precision": "fp16", "decoder_precision": "int4-weights", "target": "jetson-orin"},
-            r"int4-weights: packages for jetson-orin hold the plain dialect, opset 20, without INT4",
-        ),
         ({"calib": ["clips"]}, r"--calib and --calib-cache are for fp16 and int8"),
     ],
 )

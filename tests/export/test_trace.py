@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liteframe.engines.targets import PLAIN_OPERATORS, PLAIN_OPSET
+from liteframe.engines.targets import PLAIN_OPSET, PLAIN_TYPES
 from liteframe.export.artifact import load_artifact
+from liteframe.export.check_plain import check_plain
 from liteframe.export.models.attention import use_dialect
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.vit import ViTConfig
@@ -116,7 +117,8 @@ def test_graphs_are_valid_and_keep_their_dialect(folder, name, dialect):
     assert {function.name for function in model.functions} == custom
     if dialect == "plain":
         assert opset <= PLAIN_OPSET
-        assert found - custom <= PLAIN_OPERATORS
+        assert found - custom <= PLAIN_TYPES.keys()
+        check_plain(path)
     elif name == "decoder":
         assert {"Attention", "TensorScatter", "RMSNormalization"} <= found
     else:
