@@ -47,7 +47,7 @@ from ..engines.package import (
     TensorSpec,
 )
 from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
-from ..runtime.cli import guard
+from ..runtime.cli import guard, interrupted
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
 from .models.reducers import REDUCERS, WINDOWS
@@ -176,6 +176,8 @@ def _step(what: str) -> Iterator[Callable[[int, int], None]]:
     with Bar(*columns, console=Progress, transient=True, disable=not Progress.is_terminal) as bar:
         task = bar.add_task(f"{what} ...", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     Progress.print(f"{time.perf_counter() - start:7.1f} s  {peak:5.2f} GB  {what}", highlight=False)
 

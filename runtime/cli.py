@@ -7,7 +7,9 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,11 +30,21 @@ SUMMARY = {
 }
 
 
+interrupted = threading.Event()  # by Ctrl-C: torch's exporter may swallow the exception that it raises
+
+
+def _interrupt(*_: object) -> None:
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Runs a command and turns what goes wrong into one message and an exit code: 1 a gate failed, 2 bad input."""
     warnings.showwarning = lambda message, *_: print(f"liteframe: warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
+    interrupted.clear()
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         code = command(arguments)
         print(end="", flush=True)  # what can't be written comes up here, not when the interpreter exits
@@ -57,6 +69,7 @@ def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
             return _fail("interrupted", 130)
         raise
     finally:
+        signal.signal(signal.SIGINT, before)
         try:
             print(end="", flush=True)
         except OSError:  # nor would the interpreter's own attempt, at exit, succeed

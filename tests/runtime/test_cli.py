@@ -1,5 +1,6 @@
 """The command: what it prints, where, and how it ends. A failure is one message on stderr, and never a traceback."""
 
+import contextlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import cv2
@@ -472,6 +474,20 @@ def test_ctrl_c_while_building_leaves_nothing(tiny_artifact, tmp_path):
     arguments = ["build", tiny_artifact, "--target", "cpu", "--output", tmp_path / "package"]
     assert interrupt_after("run the torch modules", arguments) == (130, "", "liteframe: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_that_a_library_swallows_counts_all_the_same(call, tiny_artifact, tmp_path, monkeypatch):
+    def swallow(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(build_engine, "Verifier", swallow)
+    code, out, err = call("build", tiny_artifact, "--target", "cpu", "--output", tmp_path / "package")
+    assert (code, out, err.splitlines()[-1]) == (130, "", "liteframe: interrupted")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_disk_that_fills_up_while_building_leaves_nothing(tiny_artifact, tmp_path):
