@@ -61,5 +61,7 @@ def _split(graph: ir.Graph, activation: ir.Value, group: list[ir.Node], outliers
         add = ir.node("Add", [whole, output_like(product, whole)], name=f"{layer.name}_with_outliers")
         whole.replace_all_uses_with(output_like(add, whole), replace_graph_outputs=True)
         add.replace_input_with(0, whole)
-        add.outputs[0].name, whole.name = whole.name, f"{whole.name}_without_outliers"
+        add.outputs[0].name = whole.name
+        for value in {layer.outputs[0], whole}:  # what they hold is not what the graph before had under these names
+            value.name = f"{value.name}_without_outliers"
         graph.insert_after(end, [product, add])
