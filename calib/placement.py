@@ -117,7 +117,6 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
     angles = _before([node for node in nodes if node.op_type in ("Cos", "Sin")])
     pixels = pixel_nodes(model)
     for node in nodes:
-        over = [v for v in (*node.outputs, *node.inputs) if v is not None and _largest(v, largest) > FP16_LIMIT]
         if module(node) in norms:
             found[str(node.name)] = "norm"
         elif node.op_type == "Softmax" or (node.op_type == "Where" and _feeds_only(node, "Softmax")):
@@ -127,7 +126,7 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
             angles.add(node)
         elif node in pixels:
             found[str(node.name)] = "pixels"
-        elif over:
+        elif over := [v for v in (*node.outputs, *node.inputs) if v is not None and _largest(v, largest) > FP16_LIMIT]:
             worst = max(over, key=lambda v: _largest(v, largest))
             found[str(node.name)] = f"range: {worst.name} reaches {_largest(worst, largest):.4g}"
     return found
