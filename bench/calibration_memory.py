@@ -33,16 +33,10 @@ LIMIT = 4.0  # GB
 
 def prepare(graph: Path, saved: Path) -> None:
     import cv2
-    import torch
-    from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-    from liteframe.export.models.liteframe import LiteFrameConfig
+    from full_size import random_encoder
     from liteframe.export.trace import WeightsFile, trace_encoder
 
-    torch.manual_seed(0)
-    module = VideoEncoder(EncoderConfig(backbone=LiteFrameConfig(), output_size=896)).eval()
-    for parameter in module.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    module = random_encoder()
     with WeightsFile(graph.with_suffix(".data")) as weights:
         weights.save(trace_encoder(module, "fused"), graph)
     video, squares = cv2.VideoCapture(str(fetch("bunny"))), []

@@ -16,10 +16,10 @@ from pathlib import Path
 import onnxruntime as ort
 import openvino
 import torch
+from full_size import random_encoder
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.export.models import attention, liteframe
-from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-from liteframe.export.models.liteframe import LiteFrameConfig
+from liteframe.export.models.encoder import VideoEncoder
 from liteframe.export.ops import depthwise_temporal_conv as operator
 from liteframe.export.trace import WeightsFile, trace_encoder
 from liteframe.export.verify import relative_difference, sample_clips
@@ -60,11 +60,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    encoder = VideoEncoder(EncoderConfig(backbone=LiteFrameConfig(), output_size=896)).eval()
-    for parameter in encoder.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    encoder = random_encoder()
     frames = sample_clips(encoder)[1:]
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)

@@ -24,14 +24,13 @@ import onnxruntime as ort
 import openvino
 import torch
 from encoder_cpu import stock_export
+from full_size import random_encoder
 from liteframe.calib import calibrate, placement, rewrite
 from liteframe.calib.ranges import choose_range
 from liteframe.engines import proof
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.engines.targets import TARGETS
 from liteframe.export.artifact import load_artifact
-from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-from liteframe.export.models.liteframe import LiteFrameConfig
 from liteframe.export.precision import prepare
 from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
 from liteframe.export.verify import cosine, sample_clips
@@ -47,11 +46,7 @@ PROMPT, TOKENS = 512, 16
 
 
 def encoder(folder: Path, rounds: int, threads: int) -> None:
-    torch.manual_seed(0)
-    module = VideoEncoder(EncoderConfig(backbone=LiteFrameConfig(), output_size=896)).eval()
-    for parameter in module.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    module = random_encoder()
     frames = sample_clips(module)[1:]
     graph = folder / "encoder.onnx"
     with WeightsFile(folder / "encoder.data") as weights:

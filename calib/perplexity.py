@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..engines.package import InputError
 from .observe import open_tapped
+from .sensitivity import divergences
 
 # between the last position and the logits; a row of what they compute depends on the same row of what they read only
 ROW_BY_ROW = frozenset(
@@ -74,7 +75,7 @@ def token_divergences(
         InputError: as `token_losses`.
     """
     both = (_window_logits(path, embeddings, ids, window) for path in (reference, decoder))
-    return np.stack([_divergences(expected, found) for (_, expected), (_, found) in zip(*both, strict=True)])
+    return np.stack([divergences(expected, found) for (_, expected), (_, found) in zip(*both, strict=True)])
 
 
 def _window_logits(
@@ -214,18 +215,3 @@ def _negative_log_likelihoods(logits: NDArray, targets: NDArray[np.int64]) -> ND
             losses[block] = -np.take_along_axis(rows, targets[block, None], axis=1)[:, 0]
             losses[block] += np.log(np.exp(rows, out=rows).sum(axis=1))
     return losses
-
-
-def _divergences(expected: NDArray, found: NDArray) -> NDArray[np.float64]:
-    """sum(p (log p - log q)) of each row, in double precision."""
-    made = np.empty(len(expected))
-    for start in range(0, len(expected), ROWS):
-        block = slice(start, start + ROWS)
-        logs = []
-        with np.errstate(invalid="ignore"):
-            for logits in (expected, found):
-                rows = logits[block].astype(np.float64)
-                rows -= rows.max(axis=1, keepdims=True)
-                logs.append(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))
-        made[block] = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1)
-    return made

@@ -38,11 +38,14 @@ def divergence(reference: list[NDArray], candidate: list[NDArray]) -> float:
     Args:
         reference, candidate: logits (positions, vocabulary), one array for each feed.
     """
-    per_position = []
-    for a, b in zip(reference, candidate, strict=True):
-        expected, found = _log_softmax(a), _log_softmax(b)
-        per_position.append((np.exp(expected) * (expected - found)).sum(axis=-1))
+    per_position = [divergences(*pair) for pair in zip(reference, candidate, strict=True)]
     return float(np.concatenate(per_position).mean(dtype=np.float64))
+
+
+def divergences(reference: NDArray, candidate: NDArray) -> NDArray[np.float32]:
+    """Of each position (positions,), for logits (positions, vocabulary); see `divergence`."""
+    expected, found = _log_softmax(reference), _log_softmax(candidate)
+    return (np.exp(expected) * (expected - found)).sum(axis=-1)
 
 
 def _log_softmax(logits: NDArray) -> NDArray[np.float32]:

@@ -130,9 +130,6 @@ def _use_integer_products(model: ir.Model) -> int:
             model.graph, replaced[-1], replaced, [made], replaced[-1].outputs, made.outputs
         )
         count += 1
-    if count:
-        model.graph.opset_imports.setdefault(MICROSOFT, 1)
-        ir.passes.common.RemoveUnusedNodesPass()(model)
     return count
 
 
@@ -169,9 +166,6 @@ def _use_block_products(model: ir.Model) -> int:
         made = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=product.name)
         ir.convenience.replace_nodes_and_values(model.graph, product, [product], [made], product.outputs, made.outputs)
         count += 1
-    if count:
-        model.graph.opset_imports.setdefault(MICROSOFT, 1)
-        ir.passes.common.RemoveUnusedNodesPass()(model)
     return count
 
 
@@ -180,6 +174,9 @@ def rewrite_for_cpu(model: ir.Model) -> int:
     functions = dict(model.functions)
     model.functions.clear()  # their attribute references are more than the matcher takes
     count = _use_integer_products(model) + _use_block_products(model)
+    if count:
+        model.graph.opset_imports.setdefault(MICROSOFT, 1)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
     rules = [_ThreeProducts.rule(), _ThreeIntegerProducts.rule(), _MultiHeadAttention.rule()]
     count += RewriteRuleSet(rules).apply_to_model(model)
     model.functions.update(functions)
