@@ -1,11 +1,12 @@
 """What calibration learns of a graph, and the file that keeps it.
 
     graph, feeds ──▶ channels of the first feeds ──▶ smoothed graph ──▶ one pass over all feeds ──▶ Calibration
-                                                     outliers apart                    └──▶ FILE.safetensors and back
+                                                     tokens scaled,                    └──▶ FILE.safetensors and back
+                                                     outliers apart
 
 The cache is a safetensors file:
 
-    metadata      format: "liteframe calibration 1"; graphs: JSON {name: SHA-256 of the graph and its weights}
+    metadata      format: "liteframe calibration 2"; graphs: JSON {name: SHA-256 of the graph and its weights}
     clips         uint8 (n, T, H, W, 3), the clips themselves
     NAME/channels/LAYER          float32 (K,)      largest |x| of each channel of the layer's activation
     NAME/histograms/LAYER/...    `ranges.Histogram.to_arrays`, of the smoothed activation
@@ -32,8 +33,9 @@ from .observe import Feed, Observation, observe, observe_channels
 from .outliers import set_apart
 from .ranges import Histogram
 from .smooth import smooth
+from .tokens import scale_tokens
 
-FORMAT = "liteframe calibration 1"
+FORMAT = "liteframe calibration 2"
 # smoothing needs no more: it is exact whatever its factors are
 SMOOTHING_FEEDS = 8
 
@@ -51,8 +53,10 @@ class Calibration:
 
 
 def even_out(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> list[str]:
-    """Prepares an FP32 graph for INT8 activations, in place: `smooth`, then `set_apart`, whose layers it returns."""
-    return set_apart(model, smooth(model, channels))
+    """Prepares an FP32 graph for INT8 activations, in place: `smooth`, then `scale_tokens`, and for the other layers
+    `set_apart`, whose layers it returns."""
+    smoothed, scaled = smooth(model, channels), scale_tokens(model)
+    return set_apart(model, {layer: found for layer, found in smoothed.items() if layer not in scaled})
 
 
 def calibrate(

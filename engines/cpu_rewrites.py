@@ -6,6 +6,7 @@ DQ(x) DQ(W) + bias                           -> MatMulIntegerToFloat of com.micr
 x W, cut in three                            -> three products: no copies
 heads apart, Attention, heads together again -> MultiHeadAttention of com.microsoft: blockwise (flash) attention
                                                 that never holds the scores of all pairs, and no transposes
+attention over a KV cache                    -> GroupQueryAttention of com.microsoft; see cpu_attention.py
 an operator on FP16                          -> the operator on FP32 between Casts. There are no FP16 kernels; left to
                                                 itself, ONNX Runtime drops the rounding between operators, too
 """
@@ -16,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
+from .cpu_attention import MICROSOFT, use_group_query_attention
 from .graph_edits import add_cast, add_initializer, bias_behind
 
-MICROSOFT = "com.microsoft"
 BLOCKS = (128, 64, 32, 16)  # along the inputs of MatMulNBits
 WIDENED = "_widened"  # ends the names of FP16 values in FP32
 INT8_ACCURACY = 4  # its `accuracy_level` that multiplies integers
@@ -173,7 +174,7 @@ def rewrite_for_cpu(model: ir.Model) -> int:
     """Applies all rewrites wherever they fit, and says how often; everything else stays as it is."""
     functions = dict(model.functions)
     model.functions.clear()  # their attribute references are more than the matcher takes
-    count = _use_integer_products(model) + _use_block_products(model)
+    count = _use_integer_products(model) + _use_block_products(model) + use_group_query_attention(model)
     if count:
         model.graph.opset_imports.setdefault(MICROSOFT, 1)
         ir.passes.common.RemoveUnusedNodesPass()(model)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..engines.package import Engine, InputError, Package
 
-# ONNX Runtime's CPU attention computes over the whole capacity, so caches grow with what they hold
+# ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with what they hold
 GROWTH = 256
 
 

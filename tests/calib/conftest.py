@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from liteframe.calib.observe import observe
+from liteframe.engines.package import Profile, TensorSpec
 
 
 @pytest.fixture(scope="session")
@@ -136,3 +137,24 @@ def edited(tiny_graphs, tmp_path):
         return tmp_path / "edited.onnx"
 
     return edit
+
+
+@pytest.fixture(scope="session")
+def specs():
+    """What TensorRT is told of a tiny graph's inputs, with profiles; fixes the capacity of caches in place."""
+    sizes = {"clips": (1, 2, 2), "sequence": (1, 8, 16), "past": (0, 8, 15)}
+
+    def specs(model):
+        for value in model.graph.inputs:
+            if "capacity" in str(value.shape):  # which TensorRT wants fixed
+                for cache in (*model.graph.inputs[2:], *model.graph.outputs[1:]):
+                    cache.shape = ir.Shape([*cache.shape[:2], 16, cache.shape[3]])
+        made = []
+        for value in model.graph.inputs:
+            shape = [size if isinstance(size, int) else size.value for size in value.shape]
+            low, common, high = ([sizes[size][i] if size in sizes else size for size in shape] for i in range(3))
+            profile = Profile(min=low, opt=common, max=high) if low != high else None
+            made.append(TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape, profile=profile))
+        return made
+
+    return specs

@@ -97,7 +97,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_bytes(b"{}" * 100)
     assert "not a calibration cache" in refusal(path)
     save_file({"weight": np.zeros(3)}, path)
-    assert "no calibration cache of this version (format None, expected 'liteframe calibration 1')" in refusal(path)
+    assert "no calibration cache of this version (format None, expected 'liteframe calibration 2')" in refusal(path)
 
 
 def drop(tensors, ending):

@@ -10,7 +10,6 @@ from liteframe.calib.placement import OF_OUTLIERS, linear_layers, plan
 from liteframe.calib.ranges import choose_range
 from liteframe.calib.rewrite import apply
 from liteframe.engines.compile_tensorrt import compile_graph
-from liteframe.engines.package import Profile, TensorSpec
 
 NORM = "model.layers.0.input_layernorm"
 ATTENTION = "model.layers.0.self_attn"
@@ -112,13 +111,11 @@ def test_rounding_errs_less(outlier, feeds, answers, tmp_path, key):
 
 
 @pytest.mark.parametrize("dialect", ["fused", "plain"])
-def test_tensorrt_compiles_both_products(outlier, feeds, tmp_path, dialect):
+def test_tensorrt_compiles_both_products(outlier, feeds, specs, tmp_path, dialect):
     path, layer = outlier(("encoder", dialect))
     model, made = quantised(path, feeds["encoder", dialect], tmp_path, True, "fp16")
-    shape = model.graph.inputs[0].shape[1:]
-    profile = Profile(min=[1, *shape], opt=[2, *shape], max=[2, *shape])
-    frames = TensorSpec(name="frames", dtype="uint8", shape=["clips", *shape], profile=profile)
-    proof = compile_graph(save(model, tmp_path), [frames], "tensorrt-rtx", ["8.0"]).proof
+    inputs = specs(model)
+    proof = compile_graph(save(model, tmp_path), inputs, "tensorrt-rtx", ["8.0"]).proof
     assert proof.wrong == []
     assert proof.integer_products == len(made.int8) + len(made.weights)
     products = [node for node in model.graph if node.name in (layer, f"{layer}{OF_OUTLIERS}")]

@@ -12,7 +12,7 @@ from liteframe.calib.placement import INT4_BLOCK, Plan, linear_layers, plan
 from liteframe.calib.ranges import choose_range
 from liteframe.calib.rewrite import apply
 from liteframe.engines import compile_tensorrt
-from liteframe.engines.package import Precision, Profile, TensorSpec
+from liteframe.engines.package import Precision
 from liteframe.engines.proof import check, integer_layers
 from liteframe.engines.targets import TARGETS
 from onnx import numpy_helper
@@ -185,29 +185,13 @@ def test_weights_are_written_once_and_none_is_left_over(lower, key):
 
 # TensorRT-RTX
 
-SIZES = {"clips": (1, 2, 2), "sequence": (1, 8, 16), "past": (0, 8, 15)}
-
-
-def specs(model):
-    for value in model.graph.inputs:
-        if "capacity" in str(value.shape):  # which TensorRT wants fixed
-            for cache in (*model.graph.inputs[2:], *model.graph.outputs[1:]):
-                cache.shape = ir.Shape([*cache.shape[:2], 16, cache.shape[3]])
-    made = []
-    for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else size.value for size in value.shape]
-        low, common, high = ([SIZES[size][i] if size in SIZES else size for size in shape] for i in range(3))
-        profile = Profile(min=low, opt=common, max=high) if low != high else None
-        made.append(TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape, profile=profile))
-    return made
-
 
 def activations_of(model):
     products = [node for node in model.graph if node.op_type == "MatMul" and node.inputs[0].producer() is not None]
     return [n.inputs[0] for n in products if n.inputs[0].producer().op_type == "DequantizeLinear"]
 
 
-def prove(lower, path, key, asked, capabilities):
+def prove(lower, specs, path, key, asked, capabilities):
     model, made = lower(key, asked)
     inputs = specs(model)
     graph = save(model, path / f"{asked}.onnx")
@@ -222,14 +206,14 @@ def prove(lower, path, key, asked, capabilities):
     check(key[0], Precision(asked=asked, found=proof.found, kept=[]), proof)
 
 
-def test_tensorrt_compiles_what_was_asked_for(lower, tmp_path, key):
+def test_tensorrt_compiles_what_was_asked_for(lower, specs, tmp_path, key):
     for asked in wanted(key):
-        prove(lower, tmp_path, key, asked, ["8.0"])
+        prove(lower, specs, tmp_path, key, asked, ["8.0"])
 
 
 @pytest.mark.slow
-def test_tensorrt_compiles_for_every_capability_at_once(lower, tmp_path, key):
+def test_tensorrt_compiles_for_every_capability_at_once(lower, specs, tmp_path, key):
     capabilities = TARGETS["rtx"].capabilities
     assert {"8.6", "8.9", "12.0"} <= {*capabilities}
     for asked in wanted(key):
-        prove(lower, tmp_path, key, asked, capabilities)
+        prove(lower, specs, tmp_path, key, asked, capabilities)

@@ -59,22 +59,84 @@ def test_every_attention_becomes_multi_head_attention_and_the_tokens_stay(tmp_pa
     assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_causal_attention_over_a_cache_is_left_alone(tmp_path):
-    config = DecoderConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        vocab_size=50,
-        max_position_embeddings=64,
-    )
-    graph = write(tmp_path, trace_decoder(Decoder(config).eval(), "fused"))
-    before = operators(graph)
+DECODER = DecoderConfig(
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    vocab_size=50,
+    max_position_embeddings=64,
+)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def decoder_graph(tmp_path, options):
+    torch.manual_seed(0)
+    decoder = Decoder(msgspec.structs.replace(DECODER, **options)).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return decoder, write(tmp_path, trace_decoder(decoder, "fused"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"rope_scaling": YARN}, {"num_key_value_heads": 4}], ids=str
+)
+def test_attention_over_a_cache_becomes_group_query_attention_and_logits_and_caches_stay(tmp_path, options):
+    decoder, graph = decoder_graph(tmp_path, options)
     model = ir.load(graph)
-    assert rewrite_for_cpu(model) == 0
-    assert Counter(node.op_type for node in model.graph) == before
+    assert rewrite_for_cpu(model) == LAYERS
+    compiled, _ = compile_graph(graph, tmp_path / "engine.onnx", "CPUExecutionProvider")
+    found = operators(compiled)
+    assert (found["GroupQueryAttention"], found["RotaryEmbedding"]) == (LAYERS, 2 * LAYERS)
+    assert not {"Attention", "TensorScatter", "Transpose", "Neg"} & found.keys()
+    engine, capacity = ort.InferenceSession(compiled), 24
+    caches, position = decoder.empty_caches(capacity), 0
+    names = [value.name for value in engine.get_inputs()][2:]
+    ours = {name: cache.numpy() for name, cache in zip(names, caches, strict=True)}
+    for length in (7, 1, 5, 1, 10):  # up to the last position
+        embeddings, index = torch.randn(1, length, 32), torch.tensor([position])
+        with torch.no_grad():
+            expected, caches = decoder(embeddings, index, caches)
+        logits, *updated = engine.run(None, {"inputs_embeds": embeddings.numpy(), "write_index": index.numpy()} | ours)
+        ours, position = dict(zip(names, updated, strict=True)), position + length
+        assert np.abs(logits - expected.numpy()).max() <= 1e-5 * expected.abs().max()
+        for cache, (name, updated_cache) in zip(caches, ours.items(), strict=True):
+            assert updated_cache.shape[2] == capacity, name
+            assert np.abs(updated_cache - cache.numpy())[:, :, :position].max() <= 1e-5 * cache.abs().max(), name
+
+
+def test_attention_that_is_written_otherwise_is_left_alone(tmp_path):
+    """A cosine that is not the same for both channels of a pair, another scale, no causal mask."""
+    _, graph = decoder_graph(tmp_path, {})
+
+    def twist_angles(model):
+        concat = next(node for node in model.graph if node.op_type == "Concat" and node.name.startswith("model/"))
+        doubled = ir.node("Add", [concat.inputs[0], concat.inputs[0]], name="twice")
+        doubled.outputs[0].dtype, doubled.outputs[0].shape = concat.inputs[0].dtype, concat.inputs[0].shape
+        model.graph.insert_before(concat, doubled)
+        concat.replace_input_with(1, doubled.outputs[0])
+
+    def for_each_attention(change):
+        return lambda model: [change(node.attributes) for node in model.graph if node.op_type == "Attention"]
+
+    changes = {
+        "angles": twist_angles,
+        "scale": for_each_attention(lambda attributes: attributes.add(ir.AttrFloat32("scale", 0.5))),
+        "not causal": for_each_attention(lambda attributes: attributes.add(ir.AttrInt64("is_causal", 0))),
+    }
+    for name, change in changes.items():
+        model = ir.load(graph)
+        change(model)
+        before = Counter(node.op_type for node in model.graph)
+        assert rewrite_for_cpu(model) == 0, name
+        assert Counter(node.op_type for node in model.graph) == before, name
+
+
+def test_heads_of_a_size_that_the_kernel_refuses_stay_in_attention(tmp_path):
+    _, graph = decoder_graph(tmp_path, {"head_dim": 6})
+    assert rewrite_for_cpu(ir.load(graph)) == 0
 
 
 def test_the_cuda_provider_gets_no_operators_of_the_cpus(tmp_path):

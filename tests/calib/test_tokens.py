@@ -1,0 +1,113 @@
+"""Layers with scaled tokens compute what they did, and quantise small tokens as finely as large ones."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from liteframe.calib.layers import compare_graphs
+from liteframe.calib.observe import observe
+from liteframe.calib.placement import linear_layers, plan
+from liteframe.calib.ranges import choose_range
+from liteframe.calib.rewrite import apply
+from liteframe.calib.tokens import LAYERS, scale_tokens
+from liteframe.engines.compile_tensorrt import compile_graph
+
+DOWN = "model.layers.0.mlp.down_proj/MatMul"
+
+
+@pytest.fixture(
+    params=[(name, dialect) for name in ("decoder", "wide") for dialect in ("fused", "plain")], ids="-".join
+)
+def decoder(request):
+    return request.param
+
+
+def save(model, folder):
+    ir.save(model, folder / "scaled.onnx", external_data="scaled.data")
+    return folder / "scaled.onnx"
+
+
+def test_the_graph_computes_the_same_under_the_same_names(tiny_graphs, feeds, answers, tmp_path, decoder):
+    path = tiny_graphs[decoder]
+    model = ir.load(path)
+    scaled = scale_tokens(model)
+    assert scaled == [n.name for n in linear_layers(ir.load(path)) if any(f".{kind}/" in n.name for kind in LAYERS)]
+    before, after = (answers(graph, feeds[decoder][:2]) for graph in (path, model))
+    assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
+    names = [
+        {str(v.name) for node in ir.load(graph).graph for v in node.outputs} for graph in (path, save(model, tmp_path))
+    ]
+    assert names[0] <= names[1]
+    assert min(row.snr_db for row in compare_graphs(path, tmp_path / "scaled.onnx", feeds[decoder][:1])) > 80
+
+
+def test_encoders_are_left_alone(tiny_graphs):
+    model = ir.load(tiny_graphs["encoder", "fused"])
+    before = [node.name for node in model.graph]
+    assert scale_tokens(model) == []
+    assert [node.name for node in model.graph] == before
+
+
+def test_what_is_quantised_is_within_one(tiny_graphs, feeds, tmp_path, decoder):
+    model = ir.load(tiny_graphs[decoder])
+    scaled = scale_tokens(model)
+    found = observe(save(model, tmp_path), feeds[decoder]).histograms
+    for layer in scaled:
+        assert found[layer].absmax == pytest.approx(1)
+
+
+def test_tokens_of_zeros_stay_zeros(tiny_graphs, feeds, run, decoder):
+    model = ir.load(tiny_graphs[decoder])
+    scale_tokens(model)
+    feed = feeds[decoder][0] | {"inputs_embeds": np.zeros_like(feeds[decoder][0]["inputs_embeds"])}
+    for path in (tiny_graphs[decoder], model):
+        results = run(path, feed)
+        assert all(np.isfinite(array).all() for array in results.values())
+
+
+def in_int8(path, feeds, folder, scaled, beside, signed, only=None):
+    model = ir.load(path)
+    if scaled:
+        scale_tokens(model)
+    histograms = observe(save(model, folder), feeds).histograms
+    others = {str(n.name): "" for n in linear_layers(model) if only not in (None, str(n.name))}
+    made = plan(model, beside, "int8", {}, others, signed=signed)
+    apply(model, made, {name: choose_range(found, "minmax") for name, found in histograms.items()}, signed)
+    return model, made
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_small_tokens_err_less(edited, feeds, run, tmp_path, signed):
+    """The up layer multiplies the token that is a hundred times as large as the others; the first of each feed."""
+    key = "wide", "fused"
+    path = edited(key, {})
+    model = ir.load(path)
+    layer = next(n for n in model.graph if n.name == DOWN)
+    product = layer.inputs[0].producer()  # act(gate) up
+    factor = np.ones((1, 7, 1), np.float32)
+    factor[:, 0] = 100
+    value = ir.Value(name="factor", const_value=ir.tensor(factor, name="factor"))
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(factor.shape)
+    model.graph.register_initializer(value)
+    larger = ir.node("Mul", [product.outputs[0], value], name="larger")
+    larger.outputs[0].name, larger.outputs[0].type = "larger", ir.TensorType(ir.DataType.FLOAT)
+    larger.outputs[0].shape = product.outputs[0].shape
+    model.graph.insert_after(product, larger)
+    layer.replace_input_with(0, larger.outputs[0])
+    ir.save(model, path)
+    errors = []
+    for scaled in (False, True):
+        quantised, made = in_int8(path, feeds[key], tmp_path, scaled, "fp32", signed, DOWN)
+        assert made.int8 == [DOWN]
+        expected, found = (run(graph, feeds[key][0], [DOWN])[DOWN] for graph in (path, quantised))
+        errors.append(np.square(found - expected)[:, 1:].mean() / np.square(expected)[:, 1:].mean())
+    assert errors[1] < 1e-3 < errors[0]
+
+
+@pytest.mark.parametrize("dialect", ["fused", "plain"])
+def test_tensorrt_compiles_scaled_products_in_int8(tiny_graphs, feeds, specs, tmp_path, dialect):
+    key = "wide", dialect
+    model, made = in_int8(tiny_graphs[key], feeds[key], tmp_path, True, "fp16", True)
+    inputs = specs(model)
+    proof = compile_graph(save(model, tmp_path), inputs, "tensorrt-rtx", ["8.0"]).proof
+    assert proof.wrong == []
+    assert proof.integer_products == len(made.int8) + len(made.weights)
