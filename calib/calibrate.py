@@ -1,8 +1,8 @@
 """What calibration learns of a graph, and the file that keeps it.
 
     graph, feeds ──▶ channels of the first feeds ──▶ smoothed graph ──▶ one pass over all feeds ──▶ Calibration
-                                                     tokens scaled,                    └──▶ FILE.safetensors and back
-                                                     outliers apart
+                                                     outliers apart,                   └──▶ FILE.safetensors and back
+                                                     tokens scaled
 
 The cache is a safetensors file:
 
@@ -53,10 +53,11 @@ class Calibration:
 
 
 def even_out(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> list[str]:
-    """Prepares an FP32 graph for INT8 activations, in place: `smooth`, then `scale_tokens`, and for the other layers
-    `set_apart`, whose layers it returns."""
-    smoothed, scaled = smooth(model, channels), scale_tokens(model)
-    return set_apart(model, {layer: found for layer, found in smoothed.items() if layer not in scaled})
+    """Prepares an FP32 graph for INT8 activations, in place: `smooth`, `set_apart`, whose layers it returns, and
+    `scale_tokens`."""
+    apart = set_apart(model, smooth(model, channels))
+    scale_tokens(model)
+    return apart
 
 
 def calibrate(

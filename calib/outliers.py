@@ -27,12 +27,11 @@ def set_apart(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> l
     """Splits linear layers of an FP32 graph in place, which computes what it did; returns which.
 
     Args:
-        channels: linear layer -> largest absolute value of each channel (K,) of its activation; layers that are
-            missing stay whole.
+        channels: linear layer -> largest absolute value of each channel (K,) of its activation.
     """
     readers: dict[ir.Value, list[ir.Node]] = {}
     for layer in linear_layers(model):
-        if layer.op_type == "MatMul" and layer.name in channels:
+        if layer.op_type == "MatMul":
             readers.setdefault(layer.inputs[0], []).append(layer)  # type: ignore[arg-type]
     split = []
     for activation, group in readers.items():

@@ -72,15 +72,15 @@ def use_group_query_attention(model: ir.Model) -> int:
 
 
 def _read(attention: ir.Node) -> _Attention:
-    rotated, keys, values, *absent, length = attention.inputs
+    rotated, keys, values, length = _inputs(attention, 0, 1, 2, 6)
     attributes = {name: attribute.value for name, attribute in attention.attributes.items()}
-    _require(not any(absent) and attributes == {"is_causal": 1} and rotated.dtype == ir.DataType.FLOAT)
+    _require(not any(attention.inputs[3:6]) and attributes == {"is_causal": 1} and rotated.dtype == ir.DataType.FLOAT)
     k_update, v_update = _maker(keys, "TensorScatter"), _maker(values, "TensorScatter")
-    write_index = k_update.inputs[2]
-    _require(write_index is v_update.inputs[2] and write_index in _maker(length, "Add").inputs)
+    (k_cache, k_new, write_index), (v_cache, v_new, same_index) = _inputs(k_update), _inputs(v_update)
+    _require(write_index is same_index and write_index in _maker(length, "Add").inputs)
     _require(all(update.attributes.get_int("axis", -2) in (2, -2) for update in (k_update, v_update)))
     q, cos, sin = _unrotated(rotated)
-    k, *tables = _unrotated(k_update.inputs[1])
+    k, *tables = _unrotated(k_new)
     _require(_size(q, 3) % HEAD_MULTIPLE == 0)
     _require(tables == [cos, sin] and _is_doubled(cos) and _is_doubled(sin))
     together = _only_user(_only_user(attention.outputs[0], "Transpose").outputs[0], "Reshape")
@@ -90,10 +90,10 @@ def _read(attention: ir.Node) -> _Attention:
         kv_heads=_size(k, 1),
         q=_flat(q),
         k=_flat(k),
-        v=_flat(v_update.inputs[1]),
+        v=_flat(v_new),
         cos=cos,
         sin=sin,
-        caches=(k_update.inputs[0], v_update.inputs[0]),
+        caches=(k_cache, v_cache),
         length=length,
         attended=together.outputs[0],
         updated=(keys, values),
@@ -103,6 +103,14 @@ def _read(attention: ir.Node) -> _Attention:
 def _require(holds: bool) -> None:
     if not holds:
         raise _OtherwiseError
+
+
+def _inputs(node: ir.Node, *positions: int) -> list[ir.Value]:
+    """These inputs of a node, or all: none of them may be missing."""
+    asked = [node.inputs[position] for position in positions or range(len(node.inputs))]
+    there = [value for value in asked if value is not None]
+    _require(len(there) == len(asked))
+    return there
 
 
 def _maker(value: ir.Value | None, operator: str) -> ir.Node:
@@ -127,14 +135,13 @@ def _size(value: ir.Value, axis: int) -> int:
 
 def _unrotated(value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """x, cos and sin of x cos + [-x_2, x_1] sin, where x_1 and x_2 are the halves of x."""
-    straight, turned = (_maker(part, "Mul") for part in _maker(value, "Add").inputs)
-    x, cos = straight.inputs
-    halves, sin = turned.inputs
-    negative, lower = _maker(halves, "Concat").inputs
-    cuts = _maker(_maker(negative, "Neg").inputs[0], "Slice"), _maker(lower, "Slice")
-    bounds = [ir.convenience.get_const_tensor(bound) for cut in cuts for bound in cut.inputs[1:3]]
-    half = _size(x, 3) // 2
+    straight, turned = (_maker(part, "Mul") for part in _inputs(_maker(value, "Add")))
+    (x, cos), (halves, sin) = _inputs(straight), _inputs(turned)
+    negative, lower = _inputs(_maker(halves, "Concat"))
+    cuts = _maker(_inputs(_maker(negative, "Neg"))[0], "Slice"), _maker(lower, "Slice")
+    bounds = [ir.convenience.get_const_tensor(bound) for cut in cuts for bound in _inputs(cut, 1, 2)]
     starts_and_ends = [None if bound is None else bound.numpy().tolist() for bound in bounds]
+    half = _size(x, 3) // 2
     _require(all(cut.inputs[0] is x for cut in cuts))
     _require(starts_and_ends[0] == [half] and starts_and_ends[2:] == [[0], [half]])
     return x, cos, sin

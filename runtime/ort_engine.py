@@ -38,6 +38,8 @@ def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSes
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # or the threads of one engine, waiting in a loop for its next call, would take the cores from the other
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

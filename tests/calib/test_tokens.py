@@ -4,7 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from liteframe.calib.layers import compare_graphs
-from liteframe.calib.observe import observe
+from liteframe.calib.observe import observe, observe_channels
+from liteframe.calib.outliers import set_apart
 from liteframe.calib.placement import linear_layers, plan
 from liteframe.calib.ranges import choose_range
 from liteframe.calib.rewrite import apply
@@ -62,6 +63,29 @@ def test_tokens_of_zeros_stay_zeros(tiny_graphs, feeds, run, decoder):
     for path in (tiny_graphs[decoder], model):
         results = run(path, feed)
         assert all(np.isfinite(array).all() for array in results.values())
+
+
+def test_channels_that_are_set_apart_do_not_count(edited, feeds, answers, run):
+    def stand_out(array):
+        array[:, 5] *= 40
+        return array
+
+    key = "wide", "fused"
+    path = edited(key, {"model.layers.0.mlp.up_proj/MatMul:1": stand_out})
+    model = ir.load(path)
+    assert DOWN in set_apart(model, observe_channels(path, feeds[key]))
+    unused = np.flatnonzero(~next(n for n in model.graph if n.name == DOWN).inputs[1].const_value.numpy().any(axis=1))
+    assert 5 in unused
+    scale_tokens(model)
+    before, after = (answers(graph, feeds[key][:2]) for graph in (path, model))
+    assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
+    product = next(n for n in ir.load(path).graph if n.name == DOWN).inputs[0].name
+    values = run(model, feeds[key][0], [product, f"{DOWN}_scaled_tokens", f"{DOWN}_token_scale"])
+    whole, scaled, scale = values.values()
+    assert not scaled[..., unused].any()
+    expected = np.abs(np.delete(whole, unused, axis=-1)).max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(scale, expected, rtol=1e-6)
+    assert np.abs(whole).max() > 4 * scale.max()
 
 
 def in_int8(path, feeds, folder, scaled, beside, signed, only=None):
