@@ -115,6 +115,8 @@ def assemble(output: Path) -> None:
         for parameter in encoder.projector.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        for layer in (encoder.projector.fc1, encoder.projector.fc2):
+            layer.bias.zero_()
         encoder.projector.fc2.weight.mul_(0.1)  # about the size of SmolLM2's token embeddings
     state = {name: value for name, value in encoder.state_dict().items() if name.startswith("projector.")}
     state |= encoder_parameters(clip_parameters(fetch("clip")))
