@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +52,11 @@ class Calibration:
     observation: Observation
 
 
-def even_out(model: ir.Model, channels: Mapping[str, NDArray[np.float32]]) -> list[str]:
+def even_out(model: ir.Model, channels: Mapping[str, NDArray[np.float32]], by_token: Collection[str] = ()) -> list[str]:
     """Prepares an FP32 graph for INT8 activations, in place: `smooth`, `set_apart`, whose layers it returns, and
-    `scale_tokens`."""
+    `scale_tokens`, also before the layers `by_token`."""
     apart = set_apart(model, smooth(model, channels))
-    scale_tokens(model)
+    scale_tokens(model, by_token)
     return apart
 
 

@@ -63,6 +63,7 @@ def scan(
     progress: Callable[[int, int], None] | None = None,
     quantise: Asked = "int8",
     rounded: Mapping[str, Rounded] = MappingProxyType({}),
+    only: set[str] | None = None,
 ) -> dict[str, float]:
     """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph.
 
@@ -72,6 +73,7 @@ def scan(
         progress: told how many of how many groups are done.
         quantise: to what.
         rounded: see `rewrite.apply`.
+        only: the layers to scan; all, unless told otherwise.
     """
 
     def run(model: ir.Model) -> list[NDArray]:
@@ -82,6 +84,8 @@ def scan(
     reference = run(model)
     groups = list(layers_by_activation(model).values())
     every = {name for group in groups for name in group}
+    if only is not None:
+        groups = [group for group in groups if not only.isdisjoint(group)]
     costs: dict[str, float] = {}
     for done, group in enumerate(groups, start=1):
         candidate = ir.load(graph)

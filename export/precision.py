@@ -32,6 +32,7 @@ from ..calib.layers import LayerDrift, compare_graphs
 from ..calib.observe import Feed, observe
 from ..calib.ranges import choose_range
 from ..calib.smooth import smooth
+from ..calib.tokens import could_be_scaled
 from ..calib.weights import Rounded
 from ..engines import compile_onnxruntime
 from ..engines.package import Asked, GateError, InputError, Kept
@@ -74,6 +75,8 @@ class Lowering:
         engines: the references, compiled for the CPU.
         kept: linear layers that stay in higher precision, by graph, with the reason.
         costs: of each linear layer alone, by graph.
+        by_token: linear layers that the scan found too costly with one range for all tokens, by graph: each token gets
+            a scale of its own.
         rounded: the decoder's weights in INT4, by layer.
         allowed: gates that failed and were overridden.
     """
@@ -91,6 +94,7 @@ class Lowering:
     calibrations: dict[str, calibrate.Calibration] = field(default_factory=dict)
     kept: dict[str, dict[str, str]] = field(default_factory=dict)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    by_token: dict[str, set[str]] = field(default_factory=lambda: {"encoder": set(), "decoder": set()})
     rounded: dict[str, Rounded] = field(default_factory=dict)
     engines: dict[str, Path] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
@@ -123,12 +127,13 @@ class Lowering:
             return []
         apart: list[str] = []
         if asked == "int8":
-            apart = calibrate.even_out(model, calibration.channels)
+            apart = calibrate.even_out(model, calibration.channels, self.by_token[name])
         elif asked == "fp16":
             smooth(model, calibration.channels)
         largest = calibration.observation.largest
-        # attention written out has values that the reference does not have; weights alone are better off unsmoothed
-        if not self.on_cpu and (dialect == "plain" or asked in WEIGHTS_ONLY):
+        # attention written out has values that the reference does not have, scaled tokens have, too; weights alone are
+        # better off unsmoothed
+        if not self.on_cpu and (dialect == "plain" or asked in WEIGHTS_ONLY or self.by_token[name]):
             largest = self._audit(name, model, dialect)
         beside: placement.Type = "fp32" if self.on_cpu and asked != "fp16" else "fp16"
         kept, signed = self.kept.get(name), not self.on_cpu
@@ -158,7 +163,8 @@ class Lowering:
         if self.asked[name] != "int8":
             return {}
         histograms = self.calibrations[name].observation.histograms
-        return {layer: choose_range(histogram, self.method) for layer, histogram in histograms.items()}
+        ranges = {layer: choose_range(histogram, self.method) for layer, histogram in histograms.items()}
+        return ranges | dict.fromkeys(self.by_token[name], (-1.0, 1.0))
 
     def round_weights(self, graph: Path, progress: Progress) -> None:
         """INT4 weights of the decoder, rounded with its calibration data in view."""
@@ -168,10 +174,27 @@ class Lowering:
         self.rounded = compensate.round_layers(graph, self.feeds["decoder"], layers, beside, progress)
 
     def scan(self, name: GraphName, graph: Path, feeds: list[Feed], progress: Progress) -> None:
-        """Finds the layers that cost too much: noise of visual tokens, divergence of next tokens."""
+        """Finds the layers that cost too much: noise of visual tokens, divergence of next tokens.
+
+        In INT8 those first get a scale for each token, and are kept where they still do.
+        """
+        budget = BUDGET[name, self.asked[name]]
+        costs = self._scan(name, graph, feeds, progress)
+        if self.asked[name] == "int8":
+            layers = could_be_scaled(ir.load(graph), sensitivity.too_costly(costs, budget))
+            self.by_token[name] = layers
+            scaled = self._scan(name, graph, feeds, progress, layers) if layers else {}
+            self.by_token[name] = {layer for layer in layers if scaled[layer] < costs[layer]}
+            costs |= {layer: scaled[layer] for layer in self.by_token[name]}
+        self.costs[name] = costs
+        self.kept[name] = sensitivity.too_costly(costs, budget)
+
+    def _scan(
+        self, name: GraphName, graph: Path, feeds: list[Feed], progress: Progress, only: set[str] | None = None
+    ) -> dict[str, float]:
         asked, model = self.asked[name], ir.load(graph)
         if asked == "int8":
-            calibrate.even_out(model, self.calibrations[name].channels)
+            calibrate.even_out(model, self.calibrations[name].channels, self.by_token[name])
         output, cost = "visual_tokens", sensitivity.noise
         if name == "decoder":
             output, cost = "logits", sensitivity.divergence
@@ -179,11 +202,8 @@ class Lowering:
         with tempfile.TemporaryDirectory(dir=graph.parent) as folder:
             scanned = Path(folder) / graph.name
             ir.save(model, scanned, external_data=f"{graph.stem}.data")
-            costs = sensitivity.scan(
-                scanned, feeds, output, self._ranges(name), not self.on_cpu, cost, progress, asked, self.rounded
-            )
-        self.costs[name] = costs
-        self.kept[name] = sensitivity.too_costly(costs, BUDGET[name, asked])
+            ranges, signed = self._ranges(name), not self.on_cpu
+            return sensitivity.scan(scanned, feeds, output, ranges, signed, cost, progress, asked, self.rounded, only)
 
     def check(self, name: GraphName, engine: Path) -> dict[str, float]:
         """Figures of an engine of ONNX Runtime's CPU provider on what was held out.

@@ -85,3 +85,5 @@ def test_a_layers_cost_is_that_of_quantising_it_alone(tiny_graphs, feeds, observ
     expected = divergence(reference, candidate)
     assert [costs[layer] for layer in QKV] == pytest.approx([expected] * 3, rel=1e-3)
     assert all(cost > 0 for layer, cost in costs.items() if layer != "lm_head/Gemm")
+    some = scan(path, feeds[key], "logits", ranges, True, divergence, only={QKV[1]})
+    assert some == {layer: costs[layer] for layer in QKV}

@@ -4,12 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from liteframe.calib.layers import compare_graphs
-from liteframe.calib.observe import observe, observe_channels
+from liteframe.calib.observe import layers_by_activation, observe, observe_channels
 from liteframe.calib.outliers import set_apart
 from liteframe.calib.placement import linear_layers, plan
 from liteframe.calib.ranges import choose_range
 from liteframe.calib.rewrite import apply
-from liteframe.calib.tokens import LAYERS, scale_tokens
+from liteframe.calib.tokens import LAYERS, could_be_scaled, scale_tokens
 from liteframe.engines.compile_tensorrt import compile_graph
 
 DOWN = "model.layers.0.mlp.down_proj/MatMul"
@@ -46,6 +46,21 @@ def test_encoders_are_left_alone(tiny_graphs):
     before = [node.name for node in model.graph]
     assert scale_tokens(model) == []
     assert [node.name for node in model.graph] == before
+
+
+def test_others_are_scaled_where_they_are_named(tiny_graphs, feeds, answers, key):
+    path = tiny_graphs[key]
+    layers = [str(layer.name) for layer in linear_layers(ir.load(path))]
+    others = could_be_scaled(ir.load(path), layers)
+    left = {layer.rpartition("/")[0].rpartition(".")[2] for layer in {*layers} - others}
+    assert left == ({"patch_embedding"} if key[0] == "encoder" else {"lm_head", *LAYERS})
+    model = ir.load(path)
+    scaled = scale_tokens(model, others)
+    assert {*scaled} == {layer for layer in layers if not layer.startswith("lm_head") and "patch" not in layer}
+    scales = [node for node in model.graph if str(node.name).endswith("_token_scale")]
+    assert len(scales) == len(layers_by_activation(ir.load(path))) - 1  # one for each activation
+    before, after = (answers(graph, feeds[key][:2]) for graph in (path, model))
+    assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
 
 
 def test_what_is_quantised_is_within_one(tiny_graphs, feeds, tmp_path, decoder):

@@ -118,6 +118,20 @@ def test_a_failed_gate_stops_the_build_and_says_by_how_much(tiny_artifact, clips
     assert "encoder in int8: mean_cosine" in encoder and "decoder in int8: perplexity" in decoder
 
 
+@pytest.mark.parametrize("target", ["cpu", "a100"])
+def test_layers_that_cost_too_much_get_a_scale_for_each_token_before_they_are_kept(
+    tiny_artifact, clips, tmp_path, monkeypatch, target
+):
+    monkeypatch.setitem(precision.BUDGET, ("decoder", "int8"), 0.0)
+    seen, drift = [], precision.Lowering.drift
+    monkeypatch.setattr(precision.Lowering, "drift", lambda lowering, *a: seen.append(lowering) or drift(lowering, *a))
+    built = build(tiny_artifact, target, tmp_path / "out", 16, precision="int8", calib=[clips], allow_drift=True)
+    by_token, (graph,) = seen[0].by_token["decoder"], (g for g in built.manifest.engines if g.name == "decoder")
+    behind_norms = {f"{layer}_proj/MatMul" for layer in ("q", "k", "v", "gate", "up")}
+    assert by_token and {layer.rpartition(".")[2] for layer in by_token} <= behind_norms
+    assert by_token <= {kept.node for kept in graph.precision.kept if kept.reason.startswith("sensitivity")}
+
+
 def test_a_cache_serves_other_precisions_and_only_its_own_graphs(tiny_artifact, clips, tmp_path):
     cache = tmp_path / "cache.safetensors"
     first = build(
