@@ -34,21 +34,11 @@ from numpy.typing import NDArray
 from ..engines.cpu_rewrites import MOVES
 from ..engines.package import InputError
 from ..engines.targets import Asked
+from .gates import MEAN_COSINE, PERPLEXITY, WORST_COSINE, clip_cosines
 from .layers import Feed, LayerGraph, check_inputs
 from .perplexity import select_all_positions
 from .placement import module
 from .sensitivity import divergence, noise
-
-# Gates against the FP32 reference. Cosines are of visual tokens, a clip's the mean of its tokens'.
-MEAN_COSINE: dict[Asked, float] = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.99}
-WORST_COSINE: dict[Asked, float] = {"fp32": 0.99999, "fp16": 0.9995, "int8": 0.97}
-PERPLEXITY: dict[Asked, float] = {
-    "fp32": 0.00001,
-    "fp16": 0.001,
-    "int8": 0.02,
-    "int8-weights": 0.02,
-    "int4-weights": 0.08,
-}
 
 BIASES = {"MatMulIntegerToFloat": 6, "MatMulNBits": 5}  # operator -> which input its bias is
 TEXT = 128  # positions at the end of a decoder's feed; their logits count
@@ -211,13 +201,6 @@ def measure(name: str, expected: list[NDArray], found: list[NDArray]) -> dict[st
             return {"divergence": divergence(expected, found)}
         cosines = np.concatenate([clip_cosines(a, b) for a, b in zip(found, expected, strict=True)])
         return {"mean_cosine": float(cosines.mean()), "worst_cosine": float(cosines.min())}
-
-
-def clip_cosines(tokens: NDArray, reference: NDArray) -> NDArray[np.float64]:
-    """Mean cosine (n,) of the tokens (n, tokens, D) of each clip."""
-    a, b = tokens.astype(np.float64), reference.astype(np.float64)
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return ((a * b).sum(-1) / np.maximum(norms, 1e-300)).mean(axis=-1)
 
 
 # -- switches --------------------------------------------------------------------------------------------------------

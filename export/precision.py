@@ -26,8 +26,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..calib import calibrate, compensate, perplexity, placement, rewrite, sensitivity
-from ..calib.bisect import MEAN_COSINE, PERPLEXITY, WORST_COSINE, clip_cosines
 from ..calib.clips import read_calibration_clips
+from ..calib.gates import MEAN_COSINE, PERPLEXITY, WORST_COSINE, clip_cosines
 from ..calib.layers import LayerDrift, compare_graphs
 from ..calib.observe import Feed, observe
 from ..calib.ranges import choose_range
