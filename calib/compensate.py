@@ -1,6 +1,6 @@
 """INT4 weights whose rounding makes up for its own errors: GPTQ (Frantar et al. 2023, algorithm 1).
 
-    activations x of a layer ──▶ Gram matrix, sum of x x^T ──▶ rows rounded one after the other ──▶ integers
+    activations x of a layer ──▶ Gram matrix, sum of x x^T / |x|^2 ──▶ rows rounded one after the other ──▶ integers
 
 Rows of a matrix, its input channels, are rounded in the order of how large their activations are. What the rounding of
 a row does to the layer's output, the rows still to come take over, as far as the Gram matrix says they can. The scales
@@ -21,6 +21,7 @@ from .placement import INT4_BLOCK, linear_layers
 from .weights import Rounded, int4_blocks, to_int4
 
 DAMPING = 0.01  # of the Gram matrix's mean diagonal, added to it
+TINY = np.finfo(np.float32).tiny
 LAZY = 128  # rows that are brought up to date at once
 AT_ONCE = 2**30  # bytes of Gram matrices
 
@@ -68,6 +69,8 @@ def _grams(graph: Path, feeds: list[Feed], values: list[str]) -> dict[str, NDArr
     for feed in feeds:
         for value, array in zip(values, session.run(values, feed), strict=True):
             rows = array.reshape(-1, array.shape[-1])
+            # all tokens count alike: the first of a text may be a thousand times as large as the others
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), TINY)
             grams[value] = grams.get(value, np.float32(0)) + rows.T @ rows
     return grams
 
@@ -76,7 +79,7 @@ def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], b
     """Integers (K, N) and scales (K / INT4_BLOCK, N) for a matrix (K, N).
 
     Args:
-        gram: (K, K), sum of x x^T.
+        gram: (K, K), sum of x x^T over what the layer reads.
     """
     _, scale = int4_blocks(matrix, beside)
     order = np.argsort(-np.diag(gram), kind="stable")
