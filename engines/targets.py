@@ -98,7 +98,7 @@ PLAIN_TYPES: dict[str, frozenset[str]] = {
         ),
         (
             _NUMBERS,
-            """Add Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Neg Pad Range ReduceMax ReduceMean
+            """Abs Add Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Neg Pad Range ReduceMax ReduceMean
             ReduceMin ReduceSum Relu ScatterElements ScatterND Sub TopK""",
         ),
         (
