@@ -11,6 +11,7 @@ from liteframe.calib.ranges import choose_range
 from liteframe.calib.rewrite import apply
 from liteframe.calib.tokens import LAYERS, could_be_scaled, scale_tokens
 from liteframe.engines.compile_tensorrt import compile_graph
+from liteframe.engines.graph_edits import add_initializer, output_like
 
 DOWN = "model.layers.0.mlp.down_proj/MatMul"
 
@@ -124,12 +125,8 @@ def test_small_tokens_err_less(edited, feeds, run, tmp_path, signed):
     product = layer.inputs[0].producer()  # act(gate) up
     factor = np.ones((1, 7, 1), np.float32)
     factor[:, 0] = 100
-    value = ir.Value(name="factor", const_value=ir.tensor(factor, name="factor"))
-    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(factor.shape)
-    model.graph.register_initializer(value)
-    larger = ir.node("Mul", [product.outputs[0], value], name="larger")
-    larger.outputs[0].name, larger.outputs[0].type = "larger", ir.TensorType(ir.DataType.FLOAT)
-    larger.outputs[0].shape = product.outputs[0].shape
+    larger = ir.node("Mul", [product.outputs[0], add_initializer(model.graph, "factor", factor)], name="larger")
+    output_like(larger, product.outputs[0])
     model.graph.insert_after(product, larger)
     layer.replace_input_with(0, larger.outputs[0])
     ir.save(model, path)
