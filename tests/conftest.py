@@ -165,6 +165,34 @@ def tiny_artifact(tmp_path_factory, small_bpe):
 
 
 @pytest.fixture(scope="session")
+def small_decoder():
+    """Makes decoders with random weights, of a width that INT4 blocks and of a head size that fused kernels take:
+    64 wide, two layers, four heads of 16 over two of keys, a vocabulary of 50; options as of `DecoderConfig`."""
+    import torch
+    from liteframe.export.models.decoder import Decoder, DecoderConfig
+
+    config = DecoderConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        vocab_size=50,
+        max_position_embeddings=64,
+    )
+
+    def make(**options):
+        torch.manual_seed(0)
+        decoder = Decoder(msgspec.structs.replace(config, **options)).eval()
+        for parameter in decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return decoder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_package(tiny_artifact):
     """`tiny_artifact` built for the CPU, for up to 16 frames: an opened package; tests leave it as it is."""
     from liteframe.export.build_engine import build

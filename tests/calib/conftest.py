@@ -9,37 +9,23 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from liteframe.calib.observe import observe
+from liteframe.calib.placement import linear_layers, plan
+from liteframe.calib.ranges import choose_range
+from liteframe.calib.rewrite import apply
 from liteframe.engines.package import Profile, TensorSpec
 
 
 @pytest.fixture(scope="session")
-def tiny_graphs(tiny_artifact, tmp_path_factory):
+def tiny_graphs(tiny_artifact, small_decoder, tmp_path_factory):
     """(name, dialect) -> path of the graph in FP32, its weights beside it; tests leave them as they are.
 
-    encoder, decoder: of the tiny artifact. wide: a decoder whose layers INT4 blocks fit, with biases for Q, K and V.
+    encoder, decoder: of the tiny artifact. wide: a `small_decoder` with biases for Q, K and V.
     """
-    import torch
     from liteframe.export.artifact import load_artifact
-    from liteframe.export.models.decoder import Decoder, DecoderConfig
     from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
 
-    config = DecoderConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=50,
-        max_position_embeddings=64,
-        qkv_bias=True,
-    )
-    torch.manual_seed(0)
-    wide = Decoder(config)
-    for parameter in wide.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     artifact, folder = load_artifact(tiny_artifact), tmp_path_factory.mktemp("graphs")
-    modules = {"encoder": artifact.encoder, "decoder": artifact.decoder, "wide": wide}
+    modules = {"encoder": artifact.encoder, "decoder": artifact.decoder, "wide": small_decoder(qkv_bias=True)}
     paths = {}
     for name, module in modules.items():
         trace = trace_encoder if name == "encoder" else trace_decoder
@@ -137,6 +123,33 @@ def edited(tiny_graphs, tmp_path):
         return tmp_path / "edited.onnx"
 
     return edit
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a graph that was edited in memory, its weights beside it."""
+
+    def save(model):
+        ir.save(model, tmp_path / "saved.onnx", external_data="saved.data")
+        return tmp_path / "saved.onnx"
+
+    return save
+
+
+@pytest.fixture
+def in_int8(save):
+    """A graph, or one layer of it, after an edit in place, in INT8 with the ranges of its feeds; and its plan."""
+
+    def in_int8(path, feeds, edit, beside, signed=True, only=None):
+        model = ir.load(path)
+        edit(model)
+        histograms = observe(save(model), feeds).histograms
+        others = {str(n.name): "" for n in linear_layers(model) if only not in (None, str(n.name))}
+        made = plan(model, beside, "int8", {}, others, signed=signed)
+        apply(model, made, {name: choose_range(found, "minmax") for name, found in histograms.items()}, signed)
+        return model, made
+
+    return in_int8
 
 
 @pytest.fixture(scope="session")

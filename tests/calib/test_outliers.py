@@ -6,9 +6,7 @@ import pytest
 from liteframe.calib.layers import compare_graphs
 from liteframe.calib.observe import observe, observe_channels
 from liteframe.calib.outliers import SHARE, set_apart
-from liteframe.calib.placement import OF_OUTLIERS, linear_layers, plan
-from liteframe.calib.ranges import choose_range
-from liteframe.calib.rewrite import apply
+from liteframe.calib.placement import OF_OUTLIERS, linear_layers
 from liteframe.engines.compile_tensorrt import compile_graph
 
 NORM = "model.layers.0.input_layernorm"
@@ -33,23 +31,17 @@ def outlier(edited):
     return outlier
 
 
-def save(model, folder):
-    ir.save(model, folder / "apart.onnx", external_data="apart.data")
-    return folder / "apart.onnx"
-
-
-def test_the_graph_computes_the_same_under_the_same_names(outlier, feeds, answers, tmp_path, key):
+def test_the_graph_computes_the_same_under_the_same_names(outlier, feeds, answers, save, key):
     path, layer = outlier(key)
     model = ir.load(path)
     split = set_apart(model, observe_channels(path, feeds[key]))
     assert layer in split
     before, after = (answers(graph, feeds[key][:2]) for graph in (path, model))
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
-    names = [
-        {str(v.name) for node in ir.load(graph).graph for v in node.outputs} for graph in (path, save(model, tmp_path))
-    ]
+    edited = save(model)
+    names = [{str(v.name) for node in ir.load(graph).graph for v in node.outputs} for graph in (path, edited)]
     assert len(names[0] - names[1]) <= len(split)  # products whose bias is added before the outliers' part
-    common = [row.snr_db for row in compare_graphs(path, tmp_path / "apart.onnx", feeds[key][:1])]
+    common = [row.snr_db for row in compare_graphs(path, edited, feeds[key][:1])]
     assert min(common) > 80
 
 
@@ -72,13 +64,13 @@ def test_outliers_meet_zeros_and_their_rows_are_whole_apart(outlier, feeds):
     np.testing.assert_array_equal(rest[others], whole[others])
 
 
-def test_ranges_are_those_of_the_other_channels(outlier, feeds, run, tmp_path, key):
+def test_ranges_are_those_of_the_other_channels(outlier, feeds, run, save, key):
     path, layer = outlier(key)
     model = ir.load(path)
     set_apart(model, observe_channels(path, feeds[key]))
     rows = next(n for n in model.graph if n.name == layer).inputs
     value, unused = str(rows[0].name), ~rows[1].const_value.numpy().any(axis=1)
-    found = observe(save(model, tmp_path), feeds[key]).histograms[layer]
+    found = observe(save(model), feeds[key]).histograms[layer]
     others = np.concatenate([run(path, call, [value])[value][..., ~unused].ravel() for call in feeds[key]])
     assert found.minimum == pytest.approx(others.min(), rel=1e-4)
     assert found.maximum == pytest.approx(others.max(), rel=1e-4)
@@ -86,36 +78,28 @@ def test_ranges_are_those_of_the_other_channels(outlier, feeds, run, tmp_path, k
     assert found.absmax < np.abs(everything).max() / 2
 
 
-def quantised(path, feeds, folder, apart, beside, only=None):
-    """The graph, or one layer of it, in INT8 for TensorRT, and its plan."""
-    model = ir.load(path)
-    if apart:
-        set_apart(model, observe_channels(path, feeds))
-    histograms = observe(save(model, folder), feeds).histograms
-    others = {str(n.name): "" for n in linear_layers(model) if only not in (None, str(n.name))}
-    made = plan(model, beside, "int8", {}, others)
-    ranges = {layer: choose_range(histogram, "minmax") for layer, histogram in histograms.items()}
-    apply(model, made, ranges, signed_activations=True)
-    return model, made
+def setting_apart(path, calls):
+    return lambda model: set_apart(model, observe_channels(path, calls))
 
 
-def test_rounding_errs_less(outlier, feeds, answers, tmp_path, key):
+def test_rounding_errs_less(outlier, feeds, answers, in_int8, key):
     path, layer = outlier(key)
     expected = answers(path, feeds[key][:1])
     errors = []
-    for apart in (False, True):
-        model, made = quantised(path, feeds[key], tmp_path, apart, "fp32", layer)
+    for edit in (lambda _: None, setting_apart(path, feeds[key])):
+        model, made = in_int8(path, feeds[key], edit, "fp32", only=layer)
         assert made.int8 == [layer]
         errors.append(np.square(answers(model, feeds[key][:1]) - expected).mean())
     assert errors[1] < errors[0] / 2
 
 
 @pytest.mark.parametrize("dialect", ["fused", "plain"])
-def test_tensorrt_compiles_both_products(outlier, feeds, specs, tmp_path, dialect):
+def test_tensorrt_compiles_both_products(outlier, feeds, specs, save, in_int8, dialect):
     path, layer = outlier(("encoder", dialect))
-    model, made = quantised(path, feeds["encoder", dialect], tmp_path, True, "fp16")
+    calls = feeds["encoder", dialect]
+    model, made = in_int8(path, calls, setting_apart(path, calls), "fp16")
     inputs = specs(model)
-    proof = compile_graph(save(model, tmp_path), inputs, "tensorrt-rtx", ["8.0"]).proof
+    proof = compile_graph(save(model), inputs, "tensorrt-rtx", ["8.0"]).proof
     assert proof.wrong == []
     assert proof.integer_products == len(made.int8) + len(made.weights)
     products = [node for node in model.graph if node.name in (layer, f"{layer}{OF_OUTLIERS}")]

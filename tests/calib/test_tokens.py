@@ -6,9 +6,7 @@ import pytest
 from liteframe.calib.layers import compare_graphs
 from liteframe.calib.observe import layers_by_activation, observe, observe_channels
 from liteframe.calib.outliers import set_apart
-from liteframe.calib.placement import linear_layers, plan
-from liteframe.calib.ranges import choose_range
-from liteframe.calib.rewrite import apply
+from liteframe.calib.placement import linear_layers
 from liteframe.calib.tokens import LAYERS, could_be_scaled, scale_tokens
 from liteframe.engines.compile_tensorrt import compile_graph
 from liteframe.engines.graph_edits import add_initializer, output_like
@@ -23,23 +21,17 @@ def decoder(request):
     return request.param
 
 
-def save(model, folder):
-    ir.save(model, folder / "scaled.onnx", external_data="scaled.data")
-    return folder / "scaled.onnx"
-
-
-def test_the_graph_computes_the_same_under_the_same_names(tiny_graphs, feeds, answers, tmp_path, decoder):
+def test_the_graph_computes_the_same_under_the_same_names(tiny_graphs, feeds, answers, save, decoder):
     path = tiny_graphs[decoder]
     model = ir.load(path)
     scaled = scale_tokens(model)
     assert scaled == [n.name for n in linear_layers(ir.load(path)) if any(f".{kind}/" in n.name for kind in LAYERS)]
     before, after = (answers(graph, feeds[decoder][:2]) for graph in (path, model))
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
-    names = [
-        {str(v.name) for node in ir.load(graph).graph for v in node.outputs} for graph in (path, save(model, tmp_path))
-    ]
+    edited = save(model)
+    names = [{str(v.name) for node in ir.load(graph).graph for v in node.outputs} for graph in (path, edited)]
     assert names[0] <= names[1]
-    assert min(row.snr_db for row in compare_graphs(path, tmp_path / "scaled.onnx", feeds[decoder][:1])) > 80
+    assert min(row.snr_db for row in compare_graphs(path, edited, feeds[decoder][:1])) > 80
 
 
 def test_encoders_are_left_alone(tiny_graphs):
@@ -64,10 +56,10 @@ def test_others_are_scaled_where_they_are_named(tiny_graphs, feeds, answers, key
     assert np.abs(before - after).max() <= 1e-5 * np.abs(before).max()
 
 
-def test_what_is_quantised_is_within_one(tiny_graphs, feeds, tmp_path, decoder):
+def test_what_is_quantised_is_within_one(tiny_graphs, feeds, save, decoder):
     model = ir.load(tiny_graphs[decoder])
     scaled = scale_tokens(model)
-    found = observe(save(model, tmp_path), feeds[decoder]).histograms
+    found = observe(save(model), feeds[decoder]).histograms
     for layer in scaled:
         assert found[layer].absmax == pytest.approx(1)
 
@@ -104,19 +96,8 @@ def test_channels_that_are_set_apart_do_not_count(edited, feeds, answers, run):
     assert np.abs(whole).max() > 4 * scale.max()
 
 
-def in_int8(path, feeds, folder, scaled, beside, signed, only=None):
-    model = ir.load(path)
-    if scaled:
-        scale_tokens(model)
-    histograms = observe(save(model, folder), feeds).histograms
-    others = {str(n.name): "" for n in linear_layers(model) if only not in (None, str(n.name))}
-    made = plan(model, beside, "int8", {}, others, signed=signed)
-    apply(model, made, {name: choose_range(found, "minmax") for name, found in histograms.items()}, signed)
-    return model, made
-
-
 @pytest.mark.parametrize("signed", [True, False])
-def test_small_tokens_err_less(edited, feeds, run, tmp_path, signed):
+def test_small_tokens_err_less(edited, feeds, run, in_int8, signed):
     """The up layer multiplies the token that is a hundred times as large as the others; the first of each feed."""
     key = "wide", "fused"
     path = edited(key, {})
@@ -131,8 +112,8 @@ def test_small_tokens_err_less(edited, feeds, run, tmp_path, signed):
     layer.replace_input_with(0, larger.outputs[0])
     ir.save(model, path)
     errors = []
-    for scaled in (False, True):
-        quantised, made = in_int8(path, feeds[key], tmp_path, scaled, "fp32", signed, DOWN)
+    for edit in (lambda _: None, scale_tokens):
+        quantised, made = in_int8(path, feeds[key], edit, "fp32", signed, DOWN)
         assert made.int8 == [DOWN]
         expected, found = (run(graph, feeds[key][0], [DOWN])[DOWN] for graph in (path, quantised))
         errors.append(np.square(found - expected)[:, 1:].mean() / np.square(expected)[:, 1:].mean())
@@ -140,10 +121,10 @@ def test_small_tokens_err_less(edited, feeds, run, tmp_path, signed):
 
 
 @pytest.mark.parametrize("dialect", ["fused", "plain"])
-def test_tensorrt_compiles_scaled_products_in_int8(tiny_graphs, feeds, specs, tmp_path, dialect):
+def test_tensorrt_compiles_scaled_products_in_int8(tiny_graphs, feeds, specs, save, in_int8, dialect):
     key = "wide", dialect
-    model, made = in_int8(tiny_graphs[key], feeds[key], tmp_path, True, "fp16", True)
+    model, made = in_int8(tiny_graphs[key], feeds[key], scale_tokens, "fp16")
     inputs = specs(model)
-    proof = compile_graph(save(model, tmp_path), inputs, "tensorrt-rtx", ["8.0"]).proof
+    proof = compile_graph(save(model), inputs, "tensorrt-rtx", ["8.0"]).proof
     assert proof.wrong == []
     assert proof.integer_products == len(made.int8) + len(made.weights)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.engines.cpu_rewrites import rewrite_for_cpu
-from liteframe.export.models.decoder import Decoder, DecoderConfig
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.vit import ViTConfig
 from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
@@ -59,32 +58,17 @@ def test_every_attention_becomes_multi_head_attention_and_the_tokens_stay(tmp_pa
     assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-DECODER = DecoderConfig(
-    hidden_size=32,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    vocab_size=50,
-    max_position_embeddings=64,
-)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-
-
-def decoder_graph(tmp_path, options):
-    torch.manual_seed(0)
-    decoder = Decoder(msgspec.structs.replace(DECODER, **options)).eval()
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return decoder, write(tmp_path, trace_decoder(decoder, "fused"))
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"rope_scaling": YARN}, {"num_key_value_heads": 4}], ids=str
 )
-def test_attention_over_a_cache_becomes_group_query_attention_and_logits_and_caches_stay(tmp_path, options):
-    decoder, graph = decoder_graph(tmp_path, options)
+def test_attention_over_a_cache_becomes_group_query_attention_and_logits_and_caches_stay(
+    tmp_path, small_decoder, options
+):
+    decoder = small_decoder(**options)
+    graph = write(tmp_path, trace_decoder(decoder, "fused"))
     model = ir.load(graph)
     assert rewrite_for_cpu(model) == LAYERS
     compiled, _ = compile_graph(graph, tmp_path / "engine.onnx", "CPUExecutionProvider")
@@ -96,7 +80,7 @@ def test_attention_over_a_cache_becomes_group_query_attention_and_logits_and_cac
     names = [value.name for value in engine.get_inputs()][2:]
     ours = {name: cache.numpy() for name, cache in zip(names, caches, strict=True)}
     for length in (7, 1, 5, 1, 10):  # up to the last position
-        embeddings, index = torch.randn(1, length, 32), torch.tensor([position])
+        embeddings, index = torch.randn(1, length, 64), torch.tensor([position])
         with torch.no_grad():
             expected, caches = decoder(embeddings, index, caches)
         logits, *updated = engine.run(None, {"inputs_embeds": embeddings.numpy(), "write_index": index.numpy()} | ours)
@@ -107,9 +91,9 @@ def test_attention_over_a_cache_becomes_group_query_attention_and_logits_and_cac
             assert np.abs(updated_cache - cache.numpy())[:, :, :position].max() <= 1e-5 * cache.abs().max(), name
 
 
-def test_attention_that_is_written_otherwise_is_left_alone(tmp_path):
+def test_attention_that_is_written_otherwise_is_left_alone(tmp_path, small_decoder):
     """A cosine that is not the same for both channels of a pair, another scale, no causal mask."""
-    _, graph = decoder_graph(tmp_path, {})
+    graph = write(tmp_path, trace_decoder(small_decoder(), "fused"))
 
     def twist_angles(model):
         concat = next(node for node in model.graph if node.op_type == "Concat" and node.name.startswith("model/"))
@@ -134,8 +118,8 @@ def test_attention_that_is_written_otherwise_is_left_alone(tmp_path):
         assert Counter(node.op_type for node in model.graph) == before, name
 
 
-def test_heads_of_a_size_that_the_kernel_refuses_stay_in_attention(tmp_path):
-    _, graph = decoder_graph(tmp_path, {"head_dim": 6})
+def test_heads_of_a_size_that_the_kernel_refuses_stay_in_attention(tmp_path, small_decoder):
+    graph = write(tmp_path, trace_decoder(small_decoder(head_dim=6), "fused"))
     assert rewrite_for_cpu(ir.load(graph)) == 0
 
 
