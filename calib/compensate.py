@@ -1,10 +1,11 @@
 """INT4 weights whose rounding makes up for its own errors: GPTQ (Frantar et al. 2023, algorithm 1).
 
     activations x of a layer ──▶ Gram matrix, sum of x x^T / |x|^2 ──▶ rows rounded one after the other ──▶ integers
+                                                                                    scales fitted to them ──┘
 
 Rows of a matrix, its input channels, are rounded in the order of how large their activations are. What the rounding of
 a row does to the layer's output, the rows still to come take over, as far as the Gram matrix says they can. The scales
-are those that plain rounding would take.
+are first those that plain rounding would take, then those with which the integers found err least.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from numpy.typing import NDArray
 
 from .observe import Feed, layers_by_activation, open_tapped
 from .placement import INT4_BLOCK, linear_layers
-from .weights import Rounded, int4_blocks, to_int4
+from .weights import Rounded, int4_blocks, representable, to_int4
 
-DAMPING = 0.01  # of the Gram matrix's mean diagonal, added to it
+DAMPING = 0.05  # of the Gram matrix's mean diagonal, added to it
 TINY = np.finfo(np.float32).tiny
 LAZY = 128  # rows that are brought up to date at once
 AT_ONCE = 2**30  # bytes of Gram matrices
@@ -81,12 +82,17 @@ def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], b
     Args:
         gram: (K, K), sum of x x^T over what the layer reads.
     """
-    _, scale = int4_blocks(matrix, beside)
-    order = np.argsort(-np.diag(gram), kind="stable")
-    damped = gram[np.ix_(order, order)].astype(np.float64)
+    scale = int4_blocks(matrix, beside)[1].astype(np.float32)
+    damped = gram.astype(np.float64)
     damped[np.diag_indices(len(matrix))] += DAMPING * np.diag(gram).mean() or 1.0  # an unused layer: any order will do
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
-    steps = scale.astype(np.float32)[order // INT4_BLOCK]
+    integers = _round_rows(matrix, damped, scale)
+    return integers, representable(_fit_scales(matrix, damped, integers, scale), beside)
+
+
+def _round_rows(matrix: NDArray[np.float32], gram: NDArray[np.float64], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+    order = np.argsort(-np.diag(gram), kind="stable")
+    upper = np.linalg.cholesky(np.linalg.inv(gram[np.ix_(order, order)])).T.astype(np.float32)
+    steps = scale[order // INT4_BLOCK]
     left, integers = matrix[order], np.empty(matrix.shape, np.int8)
     for start in range(0, len(matrix), LAZY):
         block = slice(start, start + LAZY)
@@ -97,4 +103,24 @@ def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], b
             errors[row - start] = (left[row] - rounded * steps[row]) / upper[row, row]
             left[row + 1 : block.stop] -= np.outer(upper[row, row + 1 : block.stop], errors[row - start])
         left[block.stop :] -= upper[block, block.stop :].T @ errors
-    return integers, scale
+    return integers
+
+
+def _fit_scales(
+    matrix: NDArray[np.float32], gram: NDArray[np.float64], integers: NDArray[np.int8], scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The scales with which these integers are closest to the matrix, in the norm of the Gram matrix: least squares
+    for each column; those that would not stay near what they were do."""
+    whole, blocks, columns = integers.astype(np.float32), len(scale), matrix.shape[1]
+    weighed = gram.astype(np.float32)
+
+    def by_block(products: NDArray[np.float32]) -> NDArray[np.float64]:
+        return products.reshape(blocks, INT4_BLOCK, columns).sum(axis=1, dtype=np.float64).T
+
+    normal = np.empty((columns, blocks, blocks))
+    for number in range(blocks):
+        rows = slice(number * INT4_BLOCK, (number + 1) * INT4_BLOCK)
+        normal[:, :, number] = by_block(whole * (weighed[:, rows] @ whole[rows]))
+    normal[:, range(blocks), range(blocks)] += np.finfo(np.float32).tiny  # of a block of zeros any scale will do
+    fitted = np.linalg.solve(normal, by_block(whole * (weighed @ matrix))[..., None])[..., 0].T
+    return np.where((fitted > scale / 2) & (fitted < 2 * scale), fitted, scale).astype(np.float32)

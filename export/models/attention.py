@@ -49,9 +49,9 @@ def cached_attention(
     """Causal grouped-query attention of S new positions over a cache; returns the output and the new caches.
 
     Args:
-        q: (1, heads, S, D), rotated.
-        k, v: (1, kv_heads, S, D), k rotated.
-        k_cache, v_cache: `fused`: (1, kv_heads, capacity, D), valid below write_index; `plain`: (1, kv_heads, past, D),
+        q: (B, heads, S, D), rotated.
+        k, v: (B, kv_heads, S, D), k rotated.
+        k_cache, v_cache: `fused`: (B, kv_heads, capacity, D), valid below write_index; `plain`: (B, kv_heads, past, D),
             all of it valid.
         write_index: int64 (1,), positions already in the cache.
     """
@@ -85,11 +85,11 @@ def _cached_attention_fused(q, k, v, k_cache, v_cache, write_index):
 
 def _cached_attention_plain(q, k, v, k_cache, v_cache):
     k_cache, v_cache = torch.cat([k_cache, k], dim=2), torch.cat([v_cache, v], dim=2)
-    (_, heads, s, d), kv_heads = q.shape, k.shape[1]
+    (b, heads, s, d), kv_heads = q.shape, k.shape[1]
     # the query heads of a group become rows of one product with their shared key head
-    grouped = q.reshape(1, kv_heads, heads // kv_heads, s, d)
-    scores = grouped * d**-0.5 @ k_cache.unsqueeze(2).transpose(3, 4)  # (1, kv_heads, group, S, past+S)
+    grouped = q.reshape(b, kv_heads, heads // kv_heads, s, d)
+    scores = grouped * d**-0.5 @ k_cache.unsqueeze(2).transpose(3, 4)  # (B, kv_heads, group, S, past+S)
     past = k_cache.shape[2] - s
     visible = torch.arange(k_cache.shape[2])[None, :] <= past + torch.arange(s)[:, None]
     scores = torch.where(visible, scores, torch.finfo(q.dtype).min)
-    return (scores.softmax(-1) @ v_cache.unsqueeze(2)).reshape(1, heads, s, d), k_cache, v_cache
+    return (scores.softmax(-1) @ v_cache.unsqueeze(2)).reshape(b, heads, s, d), k_cache, v_cache

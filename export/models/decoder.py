@@ -60,12 +60,12 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, k_cache, v_cache, write_index):
-        s = x.shape[1]
-        q, k, v = (p(x).reshape(1, s, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        b, s = x.shape[:2]
+        q, k, v = (p(x).reshape(b, s, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out, k_cache, v_cache = cached_attention(q, k, v, k_cache, v_cache, write_index)
-        return self.o_proj(out.transpose(1, 2).reshape(1, s, -1)), k_cache, v_cache
+        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), k_cache, v_cache
 
 
 class GatedMLP(nn.Module):
@@ -128,18 +128,18 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, inputs_embeds: Tensor, write_index: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Logits (1, vocab) of the last of S positions, and the updated caches.
+        """Logits (B, vocab) of the last of S positions, and the updated caches. Graphs have B = 1.
 
         Args:
-            inputs_embeds: (1, S, D).
+            inputs_embeds: (B, S, D).
             write_index: int64 (1,), how many positions the caches already hold.
             caches: k and v of each layer in turn; their shape depends on the dialect (`attention.cached_attention`).
         """
         x, updated = self.model(inputs_embeds, write_index, caches)
         return self.lm_head(x[:, -1]), updated
 
-    def empty_caches(self, length: int) -> list[Tensor]:
+    def empty_caches(self, length: int, batch: int = 1) -> list[Tensor]:
         """Zeroed caches of `length` positions: the capacity in the `fused` dialect, 0 at the start in `plain`."""
         c = self.config
-        shape = (1, c.num_key_value_heads, length, c.head_dim)
+        shape = (batch, c.num_key_value_heads, length, c.head_dim)
         return [torch.zeros(shape, dtype=self.lm_head.weight.dtype) for _ in range(2 * c.num_hidden_layers)]

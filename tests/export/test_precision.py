@@ -50,7 +50,7 @@ def built(tiny_artifact, clips, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def little_text(monkeypatch):
-    monkeypatch.setattr(precision, "OWN_WINDOWS", 4)
+    monkeypatch.setattr(precision, "WINDOWS", 4)
     monkeypatch.setattr(precision, "WINDOW", 24)
 
 
