@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import transformers
-from assets import fetch
+from assets import fetch, read_prose
 from clip_smollm2 import assemble
 from liteframe.engines.package import InputError, open_package
+from liteframe.export import precision
 from liteframe.export.build_engine import build
 from liteframe.runtime import VideoSession
 
@@ -65,6 +66,24 @@ def test_sm80_engines_are_compiled_without_a_gpu_and_not_run(artifact):
     assert all(set(e.precision.found) == {"fp32"} for e in engines)
     with pytest.raises(InputError, match="TensorRT engines for a100"):
         VideoSession(made)
+
+
+def test_the_vit_in_int8_and_the_decoder_in_fp16_hold_their_gates(artifact, tmp_path, monkeypatch):
+    """Perplexity of a book, and visual tokens of clips that calibration did not see: bench/accuracy.py in small."""
+    monkeypatch.setattr(precision, "CLIPS", 32)
+    book = tmp_path / "book.txt"
+    book.write_text(read_prose(fetch("holmes")))
+    sources = [fetch("bikes"), fetch("bunny"), book]
+    made = build(
+        artifact, "cpu", tmp_path / "int8", frames=16, precision="int8", decoder_precision="fp16", calib=sources
+    )
+    assert made.manifest.allowed_drift == []  # no gate was missed
+    vit, decoder = made.manifest.engines
+    assert 0.99 <= vit.parity["mean_cosine"] < 0.9999 and vit.parity["worst_cosine"] >= 0.97
+    assert vit.precision.asked == "int8" and vit.precision.found["int8"] > 40
+    assert 0 < abs(decoder.parity["perplexity_increase"]) <= 0.001
+    session = VideoSession(made)
+    assert "Paris" in "".join(session.ask("What is the capital of France?", max_new_tokens=12))
 
 
 def test_the_command_answers_and_ends_with_one_json_document(package):
