@@ -1,4 +1,4 @@
-"""INT4 weights whose rounding makes up for its own errors: GPTQ (Frantar et al. 2023, algorithm 1).
+"""Weights whose rounding makes up for its own errors: GPTQ (Frantar et al. 2023, algorithm 1).
 
     activations x of a layer ──▶ Gram matrix, sum of x x^T / |x|^2 ──▶ rows rounded one after the other ──▶ integers
                                                                                     scales fitted to them ──┘
@@ -10,7 +10,7 @@ are first those that plain rounding would take, then those with which the intege
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from .observe import Feed, layers_by_activation, open_tapped
-from .placement import INT4_BLOCK, linear_layers
-from .weights import Rounded, int4_blocks, representable, to_int4
+from .placement import linear_layers
+from .weights import Rounded, nearest, representable, to_integers, weights_of
 
 DAMPING = 0.05  # of the Gram matrix's mean diagonal, added to it
 TINY = np.finfo(np.float32).tiny
@@ -28,28 +28,27 @@ AT_ONCE = 2**30  # bytes of Gram matrices
 
 
 def round_layers(
-    graph: Path, feeds: list[Feed], layers: set[str], beside: np.dtype, progress: Callable[[int, int], None]
-) -> dict[str, Rounded]:
-    """Linear layer (MatMul) -> its weights in INT4.
+    graph: Path, feeds: list[Feed], bits: Mapping[str, int], beside: np.dtype, progress: Callable[[int, int], None]
+) -> dict[tuple[str, int], Rounded]:
+    """Linear layer and its bits -> its weights, rounded.
 
     Args:
         graph: in FP32.
         feeds: calls of the graph, whose activations are those that count.
-        layers: which.
+        bits: linear layer -> 4 or 8.
         beside: type of the scales.
         progress: told how many of how many layers are done.
     """
     model = ir.load(graph)
-    weights = {str(node.name): node.inputs[1] for node in linear_layers(model)}
-    groups = {value: [name for name in group if name in layers] for value, group in layers_by_activation(model).items()}
-    made: dict[str, Rounded] = {}
-    widths = {value: len(weights[group[0]].const_value.numpy()) for value, group in groups.items() if group}  # type: ignore[union-attr]
+    layers = {str(node.name): node for node in linear_layers(model)}
+    groups = {value: [name for name in group if name in bits] for value, group in layers_by_activation(model).items()}
+    made: dict[tuple[str, int], Rounded] = {}
+    widths = {value: len(weights_of(layers[group[0]])) for value, group in groups.items() if group}
     for values in _batches(widths):
         for value, gram in _grams(graph, feeds, values).items():
             for name in groups[value]:
-                matrix = weights[name].const_value.numpy()  # type: ignore[union-attr]
-                made[name] = round_compensating(matrix, gram, beside)
-                progress(len(made), len(layers))
+                made[name, bits[name]] = round_compensating(weights_of(layers[name]), gram, bits[name], beside)
+                progress(len(made), len(bits))
     return made
 
 
@@ -76,29 +75,33 @@ def _grams(graph: Path, feeds: list[Feed], values: list[str]) -> dict[str, NDArr
     return grams
 
 
-def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], beside: np.dtype) -> Rounded:
-    """Integers (K, N) and scales (K / INT4_BLOCK, N) for a matrix (K, N).
+def round_compensating(matrix: NDArray[np.float32], gram: NDArray[np.float32], bits: int, beside: np.dtype) -> Rounded:
+    """Integers and scales for a matrix (K, N); see `Rounded`.
 
     Args:
         gram: (K, K), sum of x x^T over what the layer reads.
     """
-    scale = int4_blocks(matrix, beside)[1].astype(np.float32)
-    damped = gram.astype(np.float64)
+    scale = nearest(matrix, bits, beside)[1].astype(np.float32).reshape(-1, matrix.shape[1])
+    used = matrix.any(axis=1)
+    damped = np.where(np.outer(used, used), gram, 0).astype(np.float64)  # zeros stay zeros: x may be anything there
     damped[np.diag_indices(len(matrix))] += DAMPING * np.diag(gram).mean() or 1.0  # an unused layer: any order will do
-    integers = _round_rows(matrix, damped, scale)
-    return integers, representable(_fit_scales(matrix, damped, integers, scale), beside)
+    integers = _round_rows(matrix, damped, np.repeat(scale, len(matrix) // len(scale), axis=0), bits)
+    fitted = representable(_fit_scales(matrix, damped, integers, scale), beside)
+    return integers, fitted[0] if bits == 8 else fitted
 
 
-def _round_rows(matrix: NDArray[np.float32], gram: NDArray[np.float64], scale: NDArray[np.float32]) -> NDArray[np.int8]:
+def _round_rows(
+    matrix: NDArray[np.float32], gram: NDArray[np.float64], steps: NDArray[np.float32], bits: int
+) -> NDArray[np.int8]:
     order = np.argsort(-np.diag(gram), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(gram[np.ix_(order, order)])).T.astype(np.float32)
-    steps = scale[order // INT4_BLOCK]
+    steps = steps[order]
     left, integers = matrix[order], np.empty(matrix.shape, np.int8)
     for start in range(0, len(matrix), LAZY):
         block = slice(start, start + LAZY)
         errors = np.empty_like(left[block])
         for row in range(start, start + len(errors)):
-            rounded = to_int4(left[row] / steps[row])
+            rounded = to_integers(left[row] / steps[row], bits)
             integers[order[row]] = rounded
             errors[row - start] = (left[row] - rounded * steps[row]) / upper[row, row]
             left[row + 1 : block.stop] -= np.outer(upper[row, row + 1 : block.stop], errors[row - start])
@@ -109,17 +112,17 @@ def _round_rows(matrix: NDArray[np.float32], gram: NDArray[np.float64], scale: N
 def _fit_scales(
     matrix: NDArray[np.float32], gram: NDArray[np.float64], integers: NDArray[np.int8], scale: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """The scales with which these integers are closest to the matrix, in the norm of the Gram matrix: least squares
-    for each column; those that would not stay near what they were do."""
+    """The scales (blocks, N) with which these integers are closest to the matrix, in the norm of the Gram matrix: least
+    squares for each column; those that would not stay near what they were do."""
     whole, blocks, columns = integers.astype(np.float32), len(scale), matrix.shape[1]
-    weighed = gram.astype(np.float32)
+    size, weighed = len(matrix) // blocks, gram.astype(np.float32)
 
     def by_block(products: NDArray[np.float32]) -> NDArray[np.float64]:
-        return products.reshape(blocks, INT4_BLOCK, columns).sum(axis=1, dtype=np.float64).T
+        return products.reshape(blocks, size, columns).sum(axis=1, dtype=np.float64).T
 
     normal = np.empty((columns, blocks, blocks))
     for number in range(blocks):
-        rows = slice(number * INT4_BLOCK, (number + 1) * INT4_BLOCK)
+        rows = slice(number * size, (number + 1) * size)
         normal[:, :, number] = by_block(whole * (weighed[:, rows] @ whole[rows]))
     normal[:, range(blocks), range(blocks)] += np.finfo(np.float32).tiny  # of a block of zeros any scale will do
     fitted = np.linalg.solve(normal, by_block(whole * (weighed @ matrix))[..., None])[..., 0].T

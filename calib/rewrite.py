@@ -25,7 +25,7 @@ from ..engines.graph_edits import add_cast, add_initializer, bias_behind, insert
 from ..engines.targets import PLAIN_OPSET_INT4
 from .placement import INT4_BLOCK, Plan, Type, is_float, linear_layers, pixel_nodes
 from .ranges import asymmetric, symmetric
-from .weights import Rounded, int4_blocks, int8_channels, representable
+from .weights import Rounded, int8_channels, nearest, representable, weights_of
 
 TYPES: dict[Type, ir.DataType] = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 FP16 = np.finfo(np.float16)
@@ -36,7 +36,7 @@ def apply(
     placement: Plan,
     ranges: Mapping[str, tuple[float, float]],
     signed_activations: bool,
-    rounded: Mapping[str, Rounded] = MappingProxyType({}),
+    rounded: Mapping[tuple[str, int], Rounded] = MappingProxyType({}),
 ) -> None:
     """Rewrites an FP32 graph in place.
 
@@ -44,7 +44,7 @@ def apply(
         ranges: linear layer -> lowest and highest value of its activation.
         signed_activations: INT8 with zero point 0, as TensorRT takes it; else UINT8 with a zero point, for which ONNX
             Runtime's CPU kernels are made.
-        rounded: linear layer -> INT4 weights, where they were rounded already; see compensate.py.
+        rounded: linear layer and bits -> weights, where they were rounded already; see compensate.py.
     """
     caches = {*model.graph.inputs[2:], *model.graph.outputs[1:]}
     _retype(model, placement.types, caches)
@@ -57,7 +57,7 @@ def apply(
         if activation.producer() in pixels:
             _multiply_pixels(model.graph, layers[name])
         else:
-            _quantise(model, layers[name], ranges[name], signed_activations, made)
+            _quantise(model, layers[name], ranges[name], signed_activations, made, rounded)
     for name, bits in placement.weights.items():
         _quantise_weights(model.graph, layers[name], bits, rounded)
     model.graph.sort()
@@ -134,16 +134,15 @@ def _quantise(
     bounds: tuple[float, float],
     signed: bool,
     made: dict[tuple[str, tuple[float, float]], ir.Value],
+    rounded: Mapping[tuple[str, int], Rounded],
 ) -> None:
     activation, weight = layer.inputs[0], layer.inputs[1]
     assert activation is not None and weight is not None and weight.const_value is not None
     assert activation.dtype is not None
     beside = np.dtype(activation.dtype.numpy())
-    matrix = weight.const_value.numpy().astype(np.float32)
-    if layer.op_type == "Gemm":  # the same product with the weights the other way round
+    quantised, scale = _rounded(layer, 8, beside, rounded)
+    if layer.op_type == "Gemm":
         layer = _as_matmul(model.graph, layer)
-        matrix = np.ascontiguousarray(matrix.T)
-    quantised, scale = int8_channels(matrix, beside)
     alone = sum(user.op_type != "Gather" for user, _ in activation.uses()) == 1  # but for its outliers
     if signed and alone and _is_lopsided(*bounds) and (bias := bias_behind(layer)) is not None:
         activation, bounds = _centre(model.graph, activation, bounds, layer, quantised * scale, *bias)
@@ -232,6 +231,7 @@ def _centre(
 
 
 def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> ir.Node:
+    """The same product with the weights the other way round."""
     product = ir.node("MatMul", gemm.inputs[:2], name=gemm.name)
     ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], [product], gemm.outputs, product.outputs)
     return product
@@ -271,21 +271,24 @@ def _quantised_weight(graph: ir.Graph, layer: ir.Node, quantised: NDArray[np.int
     return out
 
 
-def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int, rounded: Mapping[str, Rounded]) -> None:
+def _rounded(layer: ir.Node, bits: int, beside: np.dtype, rounded: Mapping[tuple[str, int], Rounded]) -> Rounded:
+    if (known := rounded.get((str(layer.name), bits))) is not None:
+        return known[0], known[1].astype(beside)
+    return nearest(weights_of(layer), bits, beside)
+
+
+def _quantise_weights(graph: ir.Graph, layer: ir.Node, bits: int, rounded: Mapping[tuple[str, int], Rounded]) -> None:
     weight = layer.inputs[1]
-    assert weight is not None and weight.const_value is not None and weight.dtype is not None
-    beside = np.dtype(weight.dtype.numpy())
-    matrix = weight.const_value.numpy().astype(np.float32)
+    assert weight is not None and weight.dtype is not None
+    quantised, scale = _rounded(layer, bits, np.dtype(weight.dtype.numpy()), rounded)
     if layer.op_type == "Gemm":
         layer = _as_matmul(graph, layer)
-        matrix = np.ascontiguousarray(matrix.T)
     if bits == 8:
-        layer.replace_input_with(1, _quantised_weight(graph, layer, *int8_channels(matrix, beside)))
+        layer.replace_input_with(1, _quantised_weight(graph, layer, quantised, scale))
         return
     name = str(layer.name)
-    quantised, scale = rounded[name] if name in rounded else int4_blocks(matrix, beside)
     stored = add_initializer(graph, f"{name}:1_int4", quantised.astype(ml_dtypes.int4))
-    steps = add_initializer(graph, f"{name}:1_scale", scale.astype(beside))
+    steps = add_initializer(graph, f"{name}:1_scale", scale)
     zero = add_initializer(graph, f"{name}:1_zero_point", np.zeros(scale.shape, ml_dtypes.int4))
     attributes = {"axis": 0, "block_size": INT4_BLOCK}
     graph.opset_imports[""] = max(graph.opset_imports[""], PLAIN_OPSET_INT4)

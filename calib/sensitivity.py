@@ -62,7 +62,7 @@ def scan(
     cost: Cost = noise,
     progress: Callable[[int, int], None] | None = None,
     quantise: Asked = "int8",
-    rounded: Mapping[str, Rounded] = MappingProxyType({}),
+    rounded: Mapping[tuple[str, int], Rounded] = MappingProxyType({}),
     only: set[str] | None = None,
 ) -> dict[str, float]:
     """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph.

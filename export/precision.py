@@ -14,8 +14,8 @@ dialects are the same bytes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,7 @@ class Lowering:
         costs: of each linear layer alone, by graph.
         by_token: linear layers that the scan found too costly with one range for all tokens, by graph: each token gets
             a scale of its own.
-        rounded: the decoder's weights in INT4, by layer.
+        rounded: the decoder's weights, by layer and bits.
         allowed: gates that failed and were overridden.
     """
 
@@ -97,7 +97,7 @@ class Lowering:
     kept: dict[str, dict[str, str]] = field(default_factory=dict)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     by_token: dict[str, set[str]] = field(default_factory=lambda: {"encoder": set(), "decoder": set()})
-    rounded: dict[str, Rounded] = field(default_factory=dict)
+    rounded: dict[tuple[str, int], Rounded] = field(default_factory=dict)
     engines: dict[str, Path] = field(default_factory=dict)
     references: dict[str, Any] = field(default_factory=dict)
     feeds: dict[GraphName, list[Feed]] = field(default_factory=dict)
@@ -168,44 +168,52 @@ class Lowering:
         ranges = {layer: choose_range(histogram, self.method) for layer, histogram in histograms.items()}
         return ranges | dict.fromkeys(self.by_token[name], (-1.0, 1.0))
 
-    def round_weights(self, graph: Path, progress: Progress) -> None:
-        """INT4 weights of the decoder, rounded with its calibration data in view."""
-        bits = placement.plan(ir.load(graph), "fp32", "int4-weights", {}).weights
-        layers = {layer for layer, count in bits.items() if count == 4}
+    def round_weights(self, name: GraphName, progress: Progress) -> None:
+        """Rounds weights with calibration data in view."""
         beside = np.dtype(np.float32 if self.on_cpu else np.float16)
-        self.rounded = compensate.round_layers(graph, self.feeds["decoder"], layers, beside, progress)
+        with self._before_rounding(name) as graph:
+            plan = placement.plan(ir.load(graph), "fp32", self.asked[name], {}, signed=not self.on_cpu)
+            bits = dict.fromkeys(plan.int8, 8) | plan.weights
+            self.rounded = compensate.round_layers(graph, self.feeds[name], bits, beside, progress)
 
-    def scan(self, name: GraphName, graph: Path, feeds: list[Feed], progress: Progress) -> None:
+    def scan(self, name: GraphName, feeds: list[Feed], progress: Progress) -> None:
         """Finds the layers that cost too much: noise of visual tokens, divergence of next tokens.
 
         In INT8 those first get a scale for each token, and are kept where they still do.
         """
         budget = BUDGET[name, self.asked[name]]
-        costs = self._scan(name, graph, feeds, progress)
+        costs = self._scan(name, feeds, progress)
         if self.asked[name] == "int8":
-            layers = could_be_scaled(ir.load(graph), sensitivity.too_costly(costs, budget))
+            layers = could_be_scaled(ir.load(self.graphs[name]), sensitivity.too_costly(costs, budget))
             self.by_token[name] = layers
-            scaled = self._scan(name, graph, feeds, progress, layers) if layers else {}
+            scaled = self._scan(name, feeds, progress, layers) if layers else {}
             self.by_token[name] = {layer for layer in layers if scaled[layer] < costs[layer]}
             costs |= {layer: scaled[layer] for layer in self.by_token[name]}
         self.costs[name] = costs
         self.kept[name] = sensitivity.too_costly(costs, budget)
 
     def _scan(
-        self, name: GraphName, graph: Path, feeds: list[Feed], progress: Progress, only: set[str] | None = None
+        self, name: GraphName, feeds: list[Feed], progress: Progress, only: set[str] | None = None
     ) -> dict[str, float]:
-        asked, model = self.asked[name], ir.load(graph)
-        if asked == "int8":
-            calibrate.even_out(model, self.calibrations[name].channels, self.by_token[name])
         output, cost = "visual_tokens", sensitivity.noise
         if name == "decoder":
             output, cost = "logits", sensitivity.divergence
-            perplexity.select_all_positions(model, graph)
-        with tempfile.TemporaryDirectory(dir=graph.parent) as folder:
-            scanned = Path(folder) / graph.name
-            ir.save(model, scanned, external_data=f"{graph.stem}.data")
-            ranges, signed = self._ranges(name), not self.on_cpu
-            return sensitivity.scan(scanned, feeds, output, ranges, signed, cost, progress, asked, self.rounded, only)
+        asked, ranges, signed = self.asked[name], self._ranges(name), not self.on_cpu
+        with self._before_rounding(name) as graph:
+            return sensitivity.scan(graph, feeds, output, ranges, signed, cost, progress, asked, self.rounded, only)
+
+    @contextmanager
+    def _before_rounding(self, name: GraphName) -> Iterator[Path]:
+        """The graph in FP32 as it will be quantised; a decoder's has logits at every position."""
+        model = ir.load(self.graphs[name])
+        if self.asked[name] == "int8":
+            calibrate.even_out(model, self.calibrations[name].channels, self.by_token[name])
+        if name == "decoder":
+            perplexity.select_all_positions(model, self.graphs[name])
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            graph = Path(folder) / self.graphs[name].name
+            ir.save(model, graph, external_data=f"{graph.stem}.data")
+            yield graph
 
     def check(self, name: GraphName, engine: Path) -> dict[str, float]:
         """Figures of an engine of ONNX Runtime's CPU provider on what was held out.
@@ -366,13 +374,13 @@ def prepare(
                 )
         if cache is not None:
             calibrate.save_cache(cache, clips, hashes, lowering.calibrations)
-    for name, graph in graphs.items():
-        if asked[name] == "int4-weights":
+    for name in graphs:
+        if name == "decoder" and asked[name] in ("int8", *WEIGHTS_ONLY):
             with step(f"round the {name}'s weights") as progress:
-                lowering.round_weights(graph, progress)
+                lowering.round_weights(name, progress)
         if (name, asked[name]) in BUDGET:
             with step(f"sensitivity of the {name}'s layers") as progress:
-                lowering.scan(name, graph, feeds[name][-SCAN_FEEDS:], progress)
+                lowering.scan(name, feeds[name][-SCAN_FEEDS:], progress)
     return lowering
 
 
