@@ -90,7 +90,7 @@ def plan(
         made.types |= dict.fromkeys(made.islands, "fp32")
     pixels = pixel_nodes(model)
     for layer in linear_layers(model):
-        name, head = str(layer.name), layer.op_type == "Gemm"
+        name, head = str(layer.name), is_head(layer)
         if quantise in ("fp32", "fp16"):
             break
         activation, weight = layer.inputs
@@ -175,6 +175,11 @@ def linear_layers(model: ir.Model) -> list[ir.Node]:
     """Products of an activation with a matrix of weights: MatMul, and Gemm without a bias and with its weights
     transposed, which is how a linear layer over single vectors is exported. Not those of outliers."""
     return [node for node in model.graph if _is_linear(node)]
+
+
+def is_head(layer: ir.Node) -> bool:
+    """Whether only one position of this linear layer is wanted."""
+    return layer.op_type == "Gemm"
 
 
 def _is_linear(node: ir.Node) -> bool:

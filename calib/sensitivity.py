@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..engines.targets import Asked
 from .observe import Feed, layers_by_activation, open_tapped
-from .placement import plan
+from .placement import is_head, linear_layers, plan
 from .rewrite import apply
 from .weights import Rounded
 
@@ -65,7 +65,8 @@ def scan(
     rounded: Mapping[tuple[str, int], Rounded] = MappingProxyType({}),
     only: set[str] | None = None,
 ) -> dict[str, float]:
-    """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph.
+    """Linear layer -> cost of quantising it and those that share its activation, in an otherwise FP32 graph. The head
+    is none of them: nothing but its weights is quantised, whatever it costs.
 
     Args:
         output: the value whose change is the cost.
@@ -82,14 +83,14 @@ def scan(
 
     model = ir.load(graph)
     reference = run(model)
-    groups = list(layers_by_activation(model).values())
-    every = {name for group in groups for name in group}
+    every = {str(layer.name): layer for layer in linear_layers(model)}
+    groups = [group for group in layers_by_activation(model).values() if not is_head(every[group[0]])]
     if only is not None:
         groups = [group for group in groups if not only.isdisjoint(group)]
     costs: dict[str, float] = {}
     for done, group in enumerate(groups, start=1):
         candidate = ir.load(graph)
-        others = dict.fromkeys(every - set(group), "")
+        others = dict.fromkeys(every.keys() - set(group), "")
         alone = plan(candidate, "fp32", quantise, {}, others, signed=signed_activations)
         apply(candidate, alone, ranges, signed_activations, rounded)
         costs |= dict.fromkeys(group, cost(reference, run(candidate)))

@@ -75,8 +75,8 @@ def test_a_layers_cost_is_that_of_quantising_it_alone(tiny_graphs, feeds, observ
     path, told = tiny_graphs[key], []
     ranges = {layer: choose_range(h, "minmax") for layer, h in observed[key].histograms.items()}
     costs = scan(path, feeds[key], "logits", ranges, True, divergence, lambda done, total: told.append((done, total)))
-    groups = layers_by_activation(ir.load(path))
-    assert costs.keys() == {layer for group in groups.values() for layer in group}
+    groups = [group for group in layers_by_activation(ir.load(path)).values() if group != ["lm_head/Gemm"]]
+    assert costs.keys() == {layer for group in groups for layer in group}
     assert told == [(i + 1, len(groups)) for i in range(len(groups))]
     model = ir.load(path)
     types = {str(node.name): "fp32" for node in model.graph if node.outputs[0].dtype == ir.DataType.FLOAT}
@@ -84,6 +84,6 @@ def test_a_layers_cost_is_that_of_quantising_it_alone(tiny_graphs, feeds, observ
     reference, candidate = ([run(g, feed, ["logits"])["logits"] for feed in feeds[key]] for g in (path, model))
     expected = divergence(reference, candidate)
     assert [costs[layer] for layer in QKV] == pytest.approx([expected] * 3, rel=1e-3)
-    assert all(cost > 0 for layer, cost in costs.items() if layer != "lm_head/Gemm")
+    assert min(costs.values()) > 0
     some = scan(path, feeds[key], "logits", ranges, True, divergence, only={QKV[1]})
     assert some == {layer: costs[layer] for layer in QKV}
