@@ -252,7 +252,7 @@ def _switch_products(switches: _Switches, reference: LayerGraph) -> Asked | None
         quantised = _quantised(node)
         if quantised is None:
             continue
-        weights = _reference_weights(theirs.get(str(node.name)))
+        weights = _reference_weights(theirs, str(node.name))
         if weights is None or weights.shape != quantised.weights.shape:
             raise InputError(
                 f"{node.name} is quantised, and {reference.path} has no weights of its shape "
@@ -320,9 +320,13 @@ def _constant(value: ir.Value) -> NDArray | None:
     return None if value.const_value is None else value.const_value.numpy()
 
 
-def _reference_weights(node: ir.Node | None) -> NDArray[np.float32] | None:
-    """(K, N)."""
-    if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[1] is None:
+def _reference_weights(theirs: Mapping[str, ir.Node], name: str) -> NDArray[np.float32] | None:
+    """(K, N); side by side where one engine multiplies queries, keys and values apart and the other does not."""
+    if name not in theirs:
+        parts = [_reference_weights(theirs, part) for i in "qkv" if (part := f"{name}_{i}") in theirs]
+        return np.concatenate([part for part in parts if part is not None], axis=1) if len(parts) == 3 else None
+    node = theirs[name]
+    if node.op_type not in ("MatMul", "Gemm") or node.inputs[1] is None:
         return None
     array = _constant(node.inputs[1])
     return array.T if array is not None and node.attributes.get_int("transB", 0) == 1 else array

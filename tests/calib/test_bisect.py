@@ -178,6 +178,32 @@ def test_weights_that_were_smoothed_are_found_again(tmp_path, monkeypatch):
     assert 1 - found.after["mean_cosine"] < 1e-3
 
 
+def test_products_that_the_reference_multiplies_in_three_parts_are_found(tmp_path):
+    """As its CPU engine does with queries, keys and values, where the candidate's layer was left whole."""
+    weights, feeds = network(0)
+    steps = np.full(LAYERS, 4 / 127)
+    steps[[1, 3]] = 100 / 127
+    paths = save_network(tmp_path / "a.onnx", weights), save_network(tmp_path / "b.onnx", weights, steps)
+    whole = bisect("encoder", *paths, feeds)
+    reference = ir.load(paths[0])
+    for node in [node for node in reference.graph if node.op_type == "MatMul"]:
+        x, weight = node.inputs
+        products = []
+        for letter, part in zip("qkv", np.split(weight.const_value.numpy(), 3, axis=1), strict=True):
+            name = f"{node.name}_{letter}"
+            value = ir.Value(name=f"{name}:1", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(part.shape))
+            value.const_value = ir.tensor(part, name=value.name)
+            reference.graph.initializers.add(value)
+            products.append(ir.node("MatMul", [x, value], name=name))
+        joined = ir.node("Concat", [p.outputs[0] for p in products], {"axis": -1}, name=f"{node.name}_joined")
+        nodes = [*products, joined]
+        ir.convenience.replace_nodes_and_values(reference.graph, node, [node], nodes, node.outputs, joined.outputs)
+    ir.save(reference, tmp_path / "split.onnx")
+    split = bisect("encoder", tmp_path / "split.onnx", paths[1], feeds)
+    assert [row.module for row in split.kept] == [row.module for row in whole.kept]
+    assert split.after == pytest.approx(whole.after, abs=1e-6)
+
+
 def test_a_gate_that_holds_needs_nothing(tmp_path):
     weights, feeds = network(0)
     steps = np.full(LAYERS, 3 / 127)
