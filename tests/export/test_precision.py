@@ -86,7 +86,7 @@ def test_a_cpu_package_computes_what_was_asked_for_and_answers(built, capsys, as
 @pytest.mark.parametrize(
     ("asked", "decoder"), [("fp16", None), ("int8", None), ("fp16", "int8-weights"), ("fp16", "int4-weights")]
 )
-@pytest.mark.parametrize("target", ["a100", "jetson-orin"])
+@pytest.mark.parametrize("target", ["a100", "rtx", "jetson-orin", "jetson-thor"])
 def test_tensorrt_packages_are_proven_in_every_dialect(built, target, asked, decoder):
     made = built(target, asked, decoder)
     for graph in made.manifest.graphs:
@@ -100,7 +100,7 @@ def test_tensorrt_packages_are_proven_in_every_dialect(built, target, asked, dec
         stored = {i.name: i for i in model.graph.initializer}
         assert all(stored[name].data_type == onnx.TensorProto.INT8 for name in zero_points)
         assert bool(zero_points) == (graph.precision.asked == "int8")
-    if target == "a100":
+    if target in ("a100", "rtx"):
         assert all("fp16" in engine.precision.found for engine in made.manifest.engines)
 
 
