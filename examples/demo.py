@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     print(f"\n{question}\n> {''.join(session.ask(question, max_new_tokens=40))}")
     session.watch(video, frames=FRAMES)
     question = "What is happening in this video?"
-    print(f"\n{video.name}, {session.stats.frames} frames: {question}\n> ", end="")
+    print(f"\n{video.name}, {session.stats().frames} frames: {question}\n> ", end="")
     for piece in session.ask(question, max_new_tokens=40):
         print(piece, end="", flush=True)
     print(f"\nnote: {session.package.manifest.text.notice}\n")

@@ -1,6 +1,9 @@
 """Videos in, answers out: engine packages run by a thin runtime. Needs neither torch nor onnx."""
 
 from ..engines.package import InputError, open_package
-from .session import Stats, VideoSession
+from .engine import EngineError
+from .pipeline import Stats
+from .session import VideoSession
+from .trace import Trace
 
-__all__ = ["InputError", "Stats", "VideoSession", "open_package"]
+__all__ = ["EngineError", "InputError", "Stats", "Trace", "VideoSession", "open_package"]

@@ -154,5 +154,5 @@ def run(arguments: list[str]) -> int:
             print(piece, end="", flush=True)
     print("" if options.stream else "".join(pieces))
     if options.json:
-        print(json.dumps({"answer": "".join(pieces), **asdict(session.stats)}))
+        print(json.dumps({"answer": "".join(pieces), **asdict(session.stats())}))
     return 0

@@ -115,7 +115,7 @@ def _at(indices: list[int], source: VideoSource, size: tuple[int, int]) -> Itera
     read = taken = 0
     for read, (seconds, decode) in enumerate(source.frames(), start=1):
         if read - 1 == indices[taken]:
-            yield seconds, _resized(decode(), size)
+            yield seconds, resize(decode(), size)
             taken += 1
             if taken == len(indices):
                 return
@@ -134,7 +134,7 @@ def _once_a_second(source: VideoSource, frames: int, size: tuple[int, int]) -> I
     for seconds, decode in source.frames():
         # a frame can't be fetched back, so the next is assumed to come as long after this one as this after the last
         if seconds + (seconds - previous) / 2 >= due:
-            yield seconds, _resized(decode(), size)
+            yield seconds, resize(decode(), size)
             taken += 1
             if taken == frames:
                 return
@@ -142,7 +142,8 @@ def _once_a_second(source: VideoSource, frames: int, size: tuple[int, int]) -> I
         previous = seconds
 
 
-def _resized(image: Image, size: tuple[int, int]) -> Image:
+def resize(image: Image, size: tuple[int, int]) -> Image:
+    """Stretches uint8 (H, W, 3) to (height, width): by pixel area where it shrinks, bicubically where it grows."""
     height, width = size
     how = cv2.INTER_AREA if height * width < image.shape[0] * image.shape[1] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(image, (width, height), interpolation=how), np.uint8)

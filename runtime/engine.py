@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,10 @@ from ..engines.package import InputError, Package
 from ..engines.targets import TARGETS
 
 
+class EngineError(Exception):
+    """An engine failed while it ran; says which, on what, and why."""
+
+
 class Encoder(Protocol):
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D).
@@ -18,6 +23,10 @@ class Encoder(Protocol):
         Raises:
             InputError: another type or shape, or no clips.
         """
+        ...
+
+    def node_times(self) -> list[tuple[str, float]]:
+        """(node, milliseconds) in the order in which they ran since the engine was opened for profiling; once."""
         ...
 
 
@@ -48,12 +57,23 @@ class Decoder(Protocol):
         """
         ...
 
+    def twin(self) -> Decoder:
+        """The same engine with an empty KV cache of its own."""
+        ...
 
-def open_engines(package: Package, threads: int | None = None) -> tuple[Encoder, Decoder]:
+    def node_times(self) -> list[tuple[str, float]]:
+        """See `Encoder.node_times`."""
+        ...
+
+
+def open_engines(
+    package: Package, threads: int | None = None, profiling: Path | None = None
+) -> tuple[Encoder, Decoder]:
     """Loads both engines of a checked package.
 
     Args:
         threads: CPU threads for each; None leaves it to the executor.
+        profiling: a folder for the profiler's files, to be asked for `node_times`.
 
     Raises:
         InputError: the package is a bundle, its target can't run here, what runs it is not installed, or it was made
@@ -74,6 +94,8 @@ def open_engines(package: Package, threads: int | None = None) -> tuple[Encoder,
             f"run: pip install 'liteframe[{target.name}]'"
         ) from None
     check_version(package, encoder)
-    return OrtEncoder(package.path(encoder.files[0]), target.provider, threads), OrtDecoder(
-        package.path(decoder.files[0]), target.provider, package.manifest.model.capacity, threads
+    capacity = package.manifest.model.capacity
+    return (
+        OrtEncoder(package.path(encoder.files[0]), target.provider, threads, profiling),
+        OrtDecoder(package.path(decoder.files[0]), target.provider, capacity, threads, profiling),
     )

@@ -6,6 +6,8 @@ returns longer caches, which become the next call's inputs.
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,25 @@ def check_version(package: Package, engine: Engine) -> None:
         )
 
 
-def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def node_times(session: ort.InferenceSession) -> list[tuple[str, float]]:
+    """(node, milliseconds) in the order in which they ran since an engine was opened with `profiling`; ends it.
+
+    Source: the events of category "Node" whose name ends in "_kernel_time" in ONNX Runtime's profile.
+    """
+    path = Path(session.end_profiling())
+    try:
+        events = json.loads(path.read_text(encoding="utf-8"))
+    finally:
+        path.unlink()
+    end = "_kernel_time"
+    return [
+        (event["name"].removesuffix(end), event["dur"] / 1e3)
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith(end)
+    ]
+
+
+def _session(path: Path, provider: str, threads: int | None, profiling: Path | None) -> ort.InferenceSession:
     if provider not in ort.get_available_providers():
         raise InputError(
             f"{path}: needs ONNX Runtime's {provider}, which is not there; install onnxruntime-gpu on a machine with "
@@ -42,6 +62,9 @@ def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSes
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profiling is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profiling / path.stem)
     try:
         session = ort.InferenceSession(path, options, providers=[provider])
     except Exception as error:  # the library's errors share no base class
@@ -52,9 +75,24 @@ def _session(path: Path, provider: str, threads: int | None) -> ort.InferenceSes
 
 
 class OrtEncoder:
-    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
-        self._session = _session(path, provider, threads)
+    """
+    Args:
+        profiling: a folder for ONNX Runtime's profile; see `node_times`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+        profiling: Path | None = None,
+    ):
+        self._session = _session(path, provider, threads, profiling)
         self._shape = self._session.get_inputs()[0].shape[1:]
+
+    def node_times(self) -> list[tuple[str, float]]:
+        """See `node_times`."""
+        return node_times(self._session)
 
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D).
@@ -76,12 +114,18 @@ class OrtDecoder:
 
     Args:
         capacity: how many positions the cache may hold; a graph whose caches have a fixed size overrules it.
+        profiling: a folder for ONNX Runtime's profile; see `node_times`.
     """
 
     def __init__(
-        self, path: Path, provider: str = "CPUExecutionProvider", capacity: int = 4096, threads: int | None = None
+        self,
+        path: Path,
+        provider: str = "CPUExecutionProvider",
+        capacity: int = 4096,
+        threads: int | None = None,
+        profiling: Path | None = None,
     ):
-        self._session = _session(path, provider, threads)
+        self._session = _session(path, provider, threads, profiling)
         self._device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._width = inputs["inputs_embeds"].shape[2]
@@ -91,8 +135,21 @@ class OrtDecoder:
         self._in_place = length != "past"
         self._fixed = length if isinstance(length, int) else None
         self.capacity = self._fixed or capacity
+        self._forget()
+
+    def node_times(self) -> list[tuple[str, float]]:
+        """See `node_times`."""
+        return node_times(self._session)
+
+    def _forget(self) -> None:
         self.position = 0
         self._buffers = self._empty(self._fixed or 0)
+
+    def twin(self) -> OrtDecoder:
+        """The same engine with an empty KV cache of its own."""
+        twin = copy.copy(self)
+        twin._forget()
+        return twin
 
     def _empty(self, length: int) -> dict[str, ort.OrtValue]:
         shape = (1, self._kv_heads, length, self._head_dim)

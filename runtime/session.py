@@ -1,73 +1,96 @@
-"""A session with a video: watch, then ask, text comes as it is generated.
+"""A session with a video: watch a file, or push frames as a camera gives them; ask; text comes as it is generated.
 
-    watch: video -> clips -> encoder engine -> visual tokens
-    ask:   chat text around the visual tokens -> decoder engine, in chunks, into the KV cache -> token by token -> text
+    watch: file, folder, array, camera ─▶ clips ─┐
+    push:  frames, as they arrive ──────▶ clips ─┴─▶ pipeline: encoder ─▶ language model's cache
+    ask:   question ─▶ pipeline: behind what was given before ─▶ text
 
-The video's part of the prompt stays in the cache, so a further question costs only its own tokens. Each question
-is a conversation of its own, and there is one cache: a new `watch` or `ask` ends the answer before it.
+While a clip is encoded the next is being read, and those before it go into the language model's cache, so that when
+the question comes the video has been read already. The chat goes on: later questions know of earlier ones.
 """
 
 from __future__ import annotations
 
-import time
+import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import wait
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import InputError, Package, open_package
-from .clips import read_clips
-from .engine import open_engines
+from .clips import Clip as ReadClip
+from .clips import read_clips, resize
+from .conversation import Conversation, Entry
+from .engine import EngineError, open_engines
+from .pipeline import Answer, Backpressure, Clip, Pipeline, Stats
 from .text import ChatText, Sampler
+from .trace import Trace
 from .video import open_video
 
-
-@dataclass
-class Stats:
-    """What the last `watch` and `ask` took. Times in milliseconds.
-
-    Attributes:
-        frames, clips, visual_tokens: what was watched.
-        prompt_tokens: positions before the answer, visual tokens included.
-        vision_ms: encoding all clips; reading the video is not in it.
-        llm_ms: prefill of what was not in the cache yet.
-        decode_ms: the answer's tokens after the first.
-        finished: why the answer ended: "end", "length" (max_new_tokens) or "cache" (the cache is full).
-    """
-
-    frames: int = 0
-    clips: int = 0
-    visual_tokens: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    vision_ms: float = 0.0
-    llm_ms: float = 0.0
-    decode_ms: float = 0.0
-    finished: str = ""
+# seconds between frames, beyond which they are no dense clip (LiteFrame, Appendix A: 1 frame a second or more, and
+# cameras are not exact)
+STALL = 2.0
 
 
 class VideoSession:
-    """
+    """Frames may be pushed from one thread and questions asked from another. A context manager: leaving it closes it.
+
     Args:
         package: an engine package's folder, or one already opened with `open_package`.
         threads: CPU threads an engine; None leaves it to the executor.
+        when_full: what `push` does when clips arrive faster than they are encoded: "block" waits; "drop-oldest" leaves
+            out the clip that has waited longest; "latest-only" leaves out all that wait. Whole clips are dropped, for
+            frames of a clip belong close together; each frame is counted in `stats`.
+        trace: told what each stage does, and when.
 
     Raises:
         InputError: the package is damaged, unfinished, or not for this machine.
     """
 
-    def __init__(self, package: str | Path | Package, threads: int | None = None):
+    def __init__(
+        self,
+        package: str | Path | Package,
+        threads: int | None = None,
+        when_full: Backpressure = "block",
+        trace: Trace | None = None,
+    ):
+        if when_full not in ("block", "drop-oldest", "latest-only"):
+            raise InputError(f'when_full is {when_full!r}, expected "block", "drop-oldest" or "latest-only"')
         self.package = package if isinstance(package, Package) else open_package(package)
         self.model = self.package.manifest.model
         self._text = ChatText(self.package)
-        self._encoder, self._decoder = open_engines(self.package, threads)
-        self._tokens: list[NDArray[np.float32]] = []
-        self._prefix: tuple[int, ...] = ()
-        self._prefilled = 0
-        self._turn = 0
-        self.stats = Stats()
+        self._when_full = when_full
+        encoder, decoder = self.engines = open_engines(self.package, threads)
+        conversation = Conversation(decoder, self._text, self.model)
+        on_cpu = self.package.manifest.target == "cpu"
+        self._pipeline = Pipeline(encoder, conversation, self.model.max_clips, on_cpu, trace)
+        weakref.finalize(self, self._pipeline.close)
+        self._frames = np.empty((self.model.clip_length, *self.model.image_size, 3), np.uint8)
+        self._filled = 0  # of the clip that is being pushed
+        self._pushed = 0
+        self._last = -math.inf  # time of the last frame
+        self._live = False
+        self._pushing = threading.Lock()
+        self._asking = threading.Lock()
+        self._answer: Answer | None = None
+
+    def __enter__(self) -> VideoSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what is being done; what waits is dropped, a clip that is not full as well. May be called again."""
+        self._pipeline.close()
+
+    # -- video ---------------------------------------------------------------------------------------------------------
 
     def watch(
         self,
@@ -76,34 +99,75 @@ class VideoSession:
         fps: float | None = None,
         progress: Callable[[int], object] = lambda encoded: None,
     ) -> None:
-        """Reads and encodes a video, which replaces the one before once it is read; on an error that one stays.
+        """Reads a video into the language model's cache. It replaces what was seen and said before; on an error that
+        stays.
 
         Args:
             source: a video file, a folder of images, a camera's number, or frames uint8 (frames, H, W, 3), RGB.
             frames: how many to sample, in whole clips; by default what the package was built for.
             fps: rate of the images of a folder or array; by default 1.
-            progress: called with the number of frames encoded so far, after each call of the encoder.
+            progress: called with the number of frames encoded so far.
 
         Raises:
             InputError: nothing can be read from the source, or `frames` is not what the package can take.
+            EngineError: an engine failed.
         """
         wanted = self.model.max_frames if frames is None else frames
         self.check_frames(wanted)
-        tokens: list[NDArray[np.float32]] = []
-        stats = Stats()
-        batch: list[NDArray[np.uint8]] = []
-        with open_video(source, fps) as video:
-            for clip in read_clips(video, wanted, self.model.clip_length, self.model.image_size):
-                batch.append(clip.frames)
-                if len(batch) == self.model.max_clips:
-                    tokens.extend(self._encode(batch, stats))
-                    progress(stats.frames)
-                    batch = []
-        if batch:
-            tokens.extend(self._encode(batch, stats))
-            progress(stats.frames)
-        self._tokens, self._prefilled, self.stats = tokens, 0, stats
-        self._turn += 1
+        self._pipeline.raise_error()
+        with open_video(source, fps) as video, self._pushing:
+            before = self._begin_anew()
+            try:
+                self._read(read_clips(video, wanted, self.model.clip_length, self.model.image_size), progress)
+            except BaseException:
+                self._pipeline.discard()
+                with suppress(InputError):  # closed
+                    self._pipeline.submit(lambda: self._begin(*before)).result()
+                self._live = before[1]
+                raise
+
+    def reset(self) -> None:
+        """Forgets what was seen and said; a video or a stream may begin."""
+        self._pipeline.raise_error()
+        with self._pushing:
+            self._pipeline.discard()
+            self._begin_anew()
+
+    def _begin_anew(self) -> tuple[list[Entry], bool, Stats]:
+        self._end_answer()
+        before = self._pipeline.submit(lambda: self._begin([], False, Stats())).result()
+        self._filled, self._last, self._live = 0, -math.inf, False
+        return before
+
+    def _begin(self, entries: list[Entry], live: bool, stats: Stats) -> tuple[list[Entry], bool, Stats]:
+        """Replaces what was seen and said, and returns it; on the language model's thread."""
+        conversation, pipeline = self._pipeline.conversation, self._pipeline
+        before = conversation.entries, conversation.live, pipeline.stats
+        conversation.refill(entries)
+        conversation.live, pipeline.stats = live, stats
+        return before
+
+    def _read(self, clips: Iterator[ReadClip], progress: Callable[[int], object]) -> None:
+        told = 0
+
+        def tell() -> None:
+            nonlocal told
+            self._pipeline.raise_error()
+            while told < self._pipeline.stats.clips_seen:
+                told += 1
+                progress(told * self.model.clip_length)
+
+        for clip in self._pipeline.traced("video", "read", clips):
+            self._pipeline.put(Clip(clip.frames, given=0))
+            tell()
+        read = self._pipeline.submit(self._pipeline.conversation.settle)
+        while not wait([read], timeout=0.05).done:
+            tell()
+        tell()
+        try:
+            read.result()
+        except Exception as error:
+            raise EngineError(f"the decoder failed on the video: {error}") from error
 
     def check_frames(self, frames: int) -> None:
         """Raises InputError when the package can't take so many frames: not in whole clips, or too many."""
@@ -116,105 +180,144 @@ class VideoSession:
                 f"build with --frames {frames}"
             )
 
-    def _encode(self, batch: list[NDArray[np.uint8]], stats: Stats) -> NDArray[np.float32]:
-        clips = np.stack(batch)
-        start = time.perf_counter()
-        tokens = self._encoder.encode(clips)
-        stats.vision_ms += (time.perf_counter() - start) * 1e3
-        stats.clips += len(batch)
-        stats.frames += len(batch) * self.model.clip_length
-        stats.visual_tokens = stats.clips * self.model.tokens_per_clip
-        return tokens
+    def push(self, frame: Any, timestamp: float) -> None:
+        """Takes one frame of a stream. When a clip is full, it goes on its way; see `when_full`.
+
+        The stream has no end: when as many frames as the package was built for are in the window, the older half
+        leaves. After a stall of more than STALL seconds the clip in the middle is filled with its last frame.
+
+        Args:
+            frame: uint8 (H, W, 3), RGB, of any size, as a NumPy array or whatever gives one by DLPack. It is copied.
+            timestamp: seconds on any clock, later than that of the frame before.
+
+        Raises:
+            InputError: the frame or its time is not as above, or the session is closed. The frame is not taken, and the
+                next may be pushed.
+            EngineError: an engine failed on something before. The frame is not taken; the session goes on.
+        """
+        self._pipeline.raise_error()
+        image = resize(_checked(frame), self.model.image_size)
+        with self._pushing:
+            if not self._last < timestamp < math.inf:
+                raise InputError(f"a frame at {timestamp} s came after one at {self._last} s; push them in their order")
+            self._go_live()
+            if self._filled and timestamp - self._last > STALL:
+                self._put()
+            self._frames[self._filled] = image
+            self._filled, self._last = self._filled + 1, timestamp
+            self._pipeline.stats.pushed += 1
+            self._pipeline.stats.waiting += 1
+            if self._filled == len(self._frames):
+                self._put()
+
+    def flush(self) -> None:
+        """Fills the clip in the middle with its last frame and sends it on its way, as at the end of a stream."""
+        self._pipeline.raise_error()
+        with self._pushing:
+            if self._filled:
+                self._put()
+
+    def drain(self) -> None:
+        """Waits until every whole clip that was pushed has been read."""
+        self._pipeline.raise_error()
+        self._pipeline.submit(lambda: None).result()
+        self._pipeline.raise_error()
+
+    def _go_live(self) -> None:
+        if not self._live:
+            self._pipeline.submit(lambda: setattr(self._pipeline.conversation, "live", True))
+            self._live = True
+
+    def _put(self) -> None:
+        if self._answer is not None and self._answer.given_up.is_set():
+            self._end_answer()
+        given, self._filled = self._filled, 0
+        self._frames[given:] = self._frames[given - 1]
+        clip, self._frames = Clip(self._frames, given), np.empty_like(self._frames)
+        self._pipeline.put(clip, self._when_full)
+
+    # -- text ----------------------------------------------------------------------------------------------------------
 
     def ask(
         self, question: str, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-    ) -> Iterator[str]:
-        """Answers about the video, or, when none was watched, about the question alone; text comes as generated.
+    ) -> Reading:
+        """Answers about all whole clips given before, knowing the questions and answers before, if there are any. Text
+        comes as it is generated, in pieces, while frames may go on to be pushed; these belong behind the answer.
 
-        Nothing is computed before the first piece is asked for. The answer may be given up at any time.
+        A question ends the answer before it, and so does giving it up. What was read of an answer stays in the chat; if
+        nothing was, its question leaves it, too.
 
         Raises:
-            InputError: at the call: an empty question, one with a control token, one that does not fit the cache, or
-                sampling values out of range; while answering: another `watch` or `ask` came in between.
+            InputError: at the call: an empty question, one with a control token, one that does not fit the cache,
+                sampling values out of range, or the session is closed; while reading: another `watch` or `ask` came in
+                between, or in a stream it does not fit.
+            EngineError: an engine failed; the question may be asked again.
         """
         if not question.strip():
             raise InputError("the question is empty")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
         sampler = Sampler(temperature, top_p, seed)
-        before, after = (
-            self._text.question_about_video(question) if self._tokens else ([], self._text.question(question))
+        self._pipeline.raise_error()
+        if self._filled and self._pipeline.stats.waiting == self._filled and not self._pipeline.conversation.clips:
+            raise InputError(
+                f"only {self._filled} of the {self.model.clip_length} frames of a clip were pushed; push the rest, "
+                "or flush() to ask about these"
+            )
+        self._pipeline.conversation.check(question)
+        self._end_answer()
+        answer = self._answer = self._pipeline.answer(question, max_new_tokens, sampler)
+        return Reading(self, answer, self._text.stream(iter(answer)))
+
+    def forget(self) -> None:
+        """Forgets questions and answers; the video stays."""
+        self._pipeline.raise_error()
+        self._end_answer()
+        self._pipeline.submit(self._pipeline.conversation.forget).result()
+
+    def _end_answer(self) -> None:
+        with self._asking:
+            answer, self._answer = self._answer, None
+        if answer is not None:
+            self._pipeline.end(answer)
+
+    def stats(self) -> Stats:
+        """A copy of the figures as they are now."""
+        conversation, model = self._pipeline.conversation, self.model
+        clips = conversation.clips
+        return replace(
+            self._pipeline.stats,
+            frames=clips * model.clip_length,
+            clips=clips,
+            visual_tokens=clips * model.tokens_per_clip,
+            moves=conversation.moves,
         )
-        prompt = self._prompt(before)
-        needed = sum(map(len, prompt)) + len(after) + 1
-        if needed > self._decoder.capacity:
-            raise InputError(
-                f"video and question take {needed} positions, the KV cache holds {self._decoder.capacity}; "
-                "use fewer frames or a shorter question, or build with more --frames"
-            )
-        self._turn += 1
-        return self._text.stream(self._answer(self._turn, tuple(before), prompt, after, max_new_tokens, sampler))
 
-    def _check_turn(self, turn: int) -> None:
-        if turn != self._turn:
-            raise InputError(
-                "this answer ended when the session was given another video or question; read it to its end first, or "
-                "ask again"
-            )
 
-    def _prompt(self, before: list[int]) -> list[NDArray[np.float32]]:
-        """Embeddings of everything up to the question: chat prefix, then each unit between its own text."""
-        if not self._tokens:
-            return []
-        model = self.model
-        parts = [self._text.embed(before)]
-        frames_per_unit = model.clip_length // model.units_per_clip
-        units = (unit for clip in self._tokens for unit in np.split(clip, model.units_per_clip))
-        for number, unit in enumerate(units):
-            prefix, suffix = self._text.unit(number * frames_per_unit + 1, (number + 1) * frames_per_unit)
-            parts += [self._text.embed(prefix), unit, self._text.embed(suffix)]
-        return parts
+class Reading(Iterator[str]):
+    """An answer's text, piece by piece. Holds its session open."""
 
-    def _answer(
-        self,
-        turn: int,
-        before: tuple[int, ...],
-        prompt: list[NDArray[np.float32]],
-        after: list[int],
-        max_new_tokens: int,
-        sampler: Sampler,
-    ) -> Iterator[int]:
-        self._check_turn(turn)
-        start = time.perf_counter()
-        if before != self._prefix or not self._prefilled:
-            self._prefilled = 0  # holds if the prefill is interrupted
-            self._decoder.rewind(0)
-            if prompt:
-                self._prefill(np.concatenate(prompt))
-            self._prefix, self._prefilled = before, self._decoder.position
-        self._decoder.rewind(self._prefilled)
-        logits = self._prefill(self._text.embed(after))
-        stats = self.stats
-        stats.prompt_tokens, stats.new_tokens, stats.finished = self._decoder.position, 0, ""
-        stats.llm_ms = (time.perf_counter() - start) * 1e3
-        start = time.perf_counter()
-        while not stats.finished:
-            token = sampler.pick(logits)
-            if token in self._text.end_of_turn:
-                stats.finished = "end"
-                break
-            stats.new_tokens += 1
-            stats.decode_ms = (time.perf_counter() - start) * 1e3
-            yield token
-            self._check_turn(turn)
-            if stats.new_tokens == max_new_tokens:
-                stats.finished = "length"
-            elif self._decoder.position == self._decoder.capacity:
-                stats.finished = "cache"
-            else:
-                logits = self._decoder.forward(self._text.embed([token]))
+    def __init__(self, session: VideoSession, answer: Answer, pieces: Iterator[str]):
+        self._session, self._answer, self._pieces = session, answer, pieces
 
-    def _prefill(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-        for start in range(0, len(embeddings), self.model.chunk):
-            logits = self._decoder.forward(embeddings[start : start + self.model.chunk])
-        return logits
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Gives the answer up."""
+        self._answer.given_up.set()
+
+    __del__ = close
+
+
+def _checked(frame: Any) -> NDArray[np.uint8]:
+    if not isinstance(frame, np.ndarray) and hasattr(frame, "__dlpack__"):
+        try:
+            frame = np.from_dlpack(frame)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"a {type(frame).__name__} can't be read as a frame: {error}") from None
+    if not isinstance(frame, np.ndarray):
+        raise InputError(f"a {type(frame).__name__} is not a frame; uint8 (height, width, 3) in RGB was expected")
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+        raise InputError(f"a frame is {frame.dtype} {frame.shape}; uint8 (height, width, 3) in RGB was expected")
+    return frame

@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 from ..engines.package import InputError, Package
 
 _VIDEO = "\u2063liteframe-video\u2063"  # invisible separators: no question holds this by accident
+_ANSWER = "\u2063liteframe-answer\u2063"
 
 
 class _Generation(Extension):
@@ -67,17 +68,38 @@ class ChatText:
         """Token ids -> float32 (len(ids), D)."""
         return np.asarray(self._embeddings[np.asarray(ids, np.int64)], np.float32)
 
-    def question(self, question: str) -> list[int]:
-        """Ids of a conversation that consists of this question, up to where the answer begins."""
-        return self._encode(self._render(self._checked(question)))
+    def turn(self, question: str, first: bool = True, with_video: bool = False) -> tuple[list[int], list[int]]:
+        """Ids of a user's turn with this question, before and after the place of the video, which stands at the turn's
+        beginning; all are after it if there is no video.
 
-    def question_about_video(self, question: str) -> tuple[list[int], list[int]]:
-        """Ids before and after the place of the video, which stands at the beginning of the user's turn."""
-        rendered = self._render(_VIDEO + self._checked(question))
+        Args:
+            first: the turn begins the conversation. Otherwise its ids begin where the answer before it ended.
+
+        Raises:
+            InputError: the question holds a control token or is not Unicode, or the template drops what it is given.
+        """
+        video = _VIDEO if with_video else ""
+        content = video + self._checked(question)
+        if first:
+            rendered = self._render([("user", content)])
+        else:
+            rendered = self._render([("user", _VIDEO), ("assistant", _ANSWER), ("user", content)])
+            rendered = self._behind(rendered, _ANSWER)
+        if not with_video:
+            return [], self._encode(rendered)
         before, found, after = rendered.partition(_VIDEO)
         if not found:
             raise InputError("the chat template drops the user's text; the artifact's template is not usable")
         return self._encode(before), self._encode(after)
+
+    @staticmethod
+    def _behind(rendered: str, mark: str) -> str:
+        _, found, after = rendered.partition(mark)
+        if not found:
+            raise InputError(
+                "the chat template drops earlier turns, so a question can't follow another; forget() the earlier ones"
+            )
+        return after
 
     def unit(self, first: int, last: int) -> tuple[list[int], list[int]]:
         """Ids before and after the visual tokens of one unit, whose frames are numbered first to last from 1."""
@@ -111,8 +133,8 @@ class ChatText:
                 )
         return question
 
-    def _render(self, content: str) -> str:
-        messages = [{"role": "user", "content": content}]
+    def _render(self, turns: list[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special

@@ -132,12 +132,25 @@ def video(tmp_path):
     return tmp_path / "video.mp4"
 
 
-def test_the_python_of_the_readme_runs(tiny_package, video):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+@pytest.mark.parametrize("document", ["README.md", "docs/runtime.md"])
+def test_the_python_of_the_documents_runs(tiny_package, video, document):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
     code = code.replace("build/demo/clip-smollm2-cpu", str(tiny_package.folder)).replace("frames=64", "frames=16")
     done = subprocess.run([sys.executable, "-c", code], cwd=video.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Stats(frames=16" in done.stdout
+    assert re.search(r"Stats\(frames=[1-9]", done.stdout)
+
+
+def test_the_profile_command_of_the_documents_runs(tiny_package, tmp_path, monkeypatch):
+    (command,) = re.findall(r"^    (liteframe profile .*)$", (ROOT / "docs/runtime.md").read_text(), re.M)
+    command = command.replace("PACKAGE", str(tiny_package.folder)).replace(
+        "64,128,256", "8,16 --iterations 2 --warmup 1"
+    )
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "trace.json"}
 
 
 def test_the_commands_of_the_readme_run(tiny_artifact, video, monkeypatch):

@@ -45,14 +45,14 @@ def test_greedy_text_equals_transformers_token_for_token(package):
     assert "".join(session.ask(QUESTION, max_new_tokens=64)) == expected
     assert picked == out[0, prompt["input_ids"].shape[1] :].tolist()
     assert len(picked) == 64
-    assert session.stats.prompt_tokens == prompt["input_ids"].shape[1]
+    assert session.stats().prompt_tokens == prompt["input_ids"].shape[1]
 
 
 def test_a_real_video_is_watched_and_asked_about(package):
     session = VideoSession(package)
     session.watch(fetch("bikes"), frames=16)
     first = "".join(session.ask("What is happening?", max_new_tokens=8))
-    assert session.stats.frames == 16 and session.stats.visual_tokens == 4 * 49
+    assert session.stats().frames == 16 and session.stats().visual_tokens == 4 * 49
     assert "".join(session.ask("What is happening?", max_new_tokens=8)) == first
     with pytest.raises(InputError, match="KV cache"):
         session.ask("long " * 5000)

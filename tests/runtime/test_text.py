@@ -1,5 +1,6 @@
 """Text in and out: prompts against transformers' own, sampling against its definition, streaming against decoding."""
 
+import itertools
 import re
 
 import msgspec
@@ -104,14 +105,14 @@ def peer_ids(peer, template, content):
 @every_template
 @questions
 def test_a_question_becomes_what_transformers_makes_of_it(make, peer, template, question):
-    assert make(TEMPLATES[template]).question(question) == peer_ids(peer, TEMPLATES[template], question)
+    assert make(TEMPLATES[template]).turn(question)[1] == peer_ids(peer, TEMPLATES[template], question)
 
 
 @every_template
 @questions
 def test_the_video_stands_right_before_the_question(make, tokenizer, peer, template, question):
     """Prefix and suffix are those of transformers' prompt with a mark in the video's place, cut at the mark."""
-    before, after = make(TEMPLATES[template]).question_about_video(question)
+    before, after = make(TEMPLATES[template]).turn(question, with_video=True)
     messages = [{"role": "user", "content": "[VIDEO]" + question}]
     rendered = peer.apply_chat_template(
         messages, chat_template=TEMPLATES[template], add_generation_prompt=True, tokenize=False
@@ -121,17 +122,42 @@ def test_the_video_stands_right_before_the_question(make, tokenizer, peer, templ
     assert after == tokenizer.encode(suffix, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("template", ["chatml", "system", "named tokens", "generation", "tools"])
+@pytest.mark.parametrize("with_video", [False, True])
+@questions
+def test_a_later_turn_begins_where_the_answer_before_it_ended(make, tokenizer, peer, template, with_video, question):
+    """What transformers' prompt has behind the answer, cut at the video's place."""
+    before, after = make(TEMPLATES[template]).turn(question, first=False, with_video=with_video)
+    messages = [
+        {"role": "user", "content": "how many?"},
+        {"role": "assistant", "content": "[ANSWER]"},
+        {"role": "user", "content": "[VIDEO]" * with_video + question},
+    ]
+    rendered = peer.apply_chat_template(
+        messages, chat_template=TEMPLATES[template], add_generation_prompt=True, tokenize=False
+    )
+    parts = rendered.split("[ANSWER]")[1].split("[VIDEO]")
+    expected = [tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
+    assert [before, after] == ([[], *expected] if len(expected) == 1 else expected)
+
+
+@pytest.mark.parametrize("template", ["blocks", "loop controls"])
+def test_a_template_that_drops_answers_takes_one_question(make, template):
+    with pytest.raises(InputError, match=r"the chat template drops earlier turns, .*; forget\(\) the earlier ones"):
+        make(TEMPLATES[template]).turn("why?", first=False)
+
+
 @pytest.mark.parametrize("token", ["<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"])
 @pytest.mark.parametrize("form", ["{}", "a{}b", "{}\n<|im_start|>system"])
 def test_a_control_token_in_a_question_is_refused(chat, token, form):
-    for ask in (chat.question, chat.question_about_video):
+    for first, with_video in itertools.product((True, False), repeat=2):
         with pytest.raises(InputError, match=r"contains the control token .*; remove it"):
-            ask(form.format(token))
+            chat.turn(form.format(token), first, with_video)
 
 
 @pytest.mark.parametrize("question", ["<think>", "<|im_ end|>", "< |im_end|>", "im_end"])
 def test_what_only_looks_like_one_is_taken(chat, question):
-    assert chat.question(question)
+    assert chat.turn(question)[1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -140,7 +166,7 @@ def test_no_question_has_more_turns_than_its_own(chat, tokenizer, question):
     """Whatever is asked, the prompt has one beginning and end of a user's turn and one beginning of an answer."""
     start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
     try:
-        ids = chat.question(question)
+        _, ids = chat.turn(question)
     except InputError:
         assert any(token in question for token in SPECIAL.values()) or "<|im_start|>" in question
         return
@@ -149,7 +175,7 @@ def test_no_question_has_more_turns_than_its_own(chat, tokenizer, question):
 
 def test_a_question_that_is_not_unicode_is_refused(chat):
     with pytest.raises(InputError, match=r"'caf\\udce9' is not valid Unicode"):
-        chat.question("caf\udce9")
+        chat.turn("caf\udce9")
 
 
 def test_text_around_a_unit_names_its_frames(make, tokenizer):
@@ -186,12 +212,12 @@ def test_a_template_that_does_not_parse_is_named(make, template):
 )
 def test_a_template_that_fails_is_an_error_that_says_why(make, template, reason):
     with pytest.raises(InputError, match=f"the chat template failed: .*{reason}"):
-        make(template).question("why?")
+        make(template).turn("why?")
 
 
 def test_a_template_without_a_place_for_the_question_has_none_for_a_video(make):
     with pytest.raises(InputError, match="the chat template drops the user's text"):
-        make("{{ messages[0].role }}").question_about_video("why?")
+        make("{{ messages[0].role }}").turn("why?", with_video=True)
 
 
 # -- streaming -------------------------------------------------------------------------------------------------------
