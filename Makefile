@@ -34,6 +34,7 @@ bench: $(READY)
 	$(BIN)/python bench/encoder_cpu.py
 	$(BIN)/python bench/prefill_cpu.py
 	$(BIN)/python bench/int8_cpu.py
+	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/calibration_memory.py
 	$(BIN)/python bench/accuracy.py
 

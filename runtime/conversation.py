@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -77,14 +78,19 @@ class Cache:
         """Begins anew with other entries."""
         self._decoder.rewind(0)
         self.entries = list(entries)
-        self._place = self._turn_began = _Place()
-        self._ends: list[int] = []  # position behind each entry that is laid out
+        self._places = [_Place()]  # before the first entry, and behind each that is laid out
+        self._lead: list[int] | None = None  # where it is not what is usual
         self._laid: list[NDArray[np.float32]] = []  # what is laid out and not in the cache yet
         self.finished: Finished = ""
         self.prompt = 0  # positions before the last answer
 
     @property
+    def _place(self) -> _Place:
+        return self._places[-1]
+
+    @property
     def position(self) -> int:
+        """Behind what is laid out."""
         return self._place.position
 
     @property
@@ -103,7 +109,7 @@ class Cache:
 
     def lengths(self) -> list[int]:
         """Positions of each entry that is laid out."""
-        return [end - start for start, end in zip([0, *self._ends], self._ends, strict=False)]
+        return [after.position - before.position for before, after in pairwise(self._places)]
 
     def length(self, clip: Clip) -> int:
         """Positions that a clip takes behind what is laid out."""
@@ -122,12 +128,9 @@ class Cache:
         self._prefill_laid(at_least)
 
     def _lay_next(self) -> None:
-        before = self._place
-        parts, self._place = self._lay(self.entries[before.entries], before)
+        parts, place = self._lay(self.entries[self._place.entries], self._place)
         self._laid += parts
-        self._ends.append(self._place.position)
-        if before.lead is None and self._place.lead is not None:
-            self._turn_began = before
+        self._places.append(place)
 
     def _lay(self, entry: Entry, place: _Place) -> tuple[list[NDArray[np.float32]], _Place]:
         """An entry's embeddings behind `place`, and the place behind them."""
@@ -139,7 +142,7 @@ class Cache:
         else:
             parts, after = [], replace(place, clips=place.clips + 1, pending=())
             if not with_video:
-                lead, _ = self._text.turn("", first, with_video=True)
+                lead = self._lead or self._text.turn("", first, with_video=True)[0]
                 parts.append(self._text.embed([*place.pending, *lead]))
                 after = replace(after, lead=tuple(lead))
             parts += self._units(entry, place.clips)
@@ -197,7 +200,7 @@ class Cache:
             self._begin_turn_with(lead)
         place = self._place
         logits = self._forward([*place.pending, *after])
-        self._answer_began, self.prompt = place, self._decoder.position
+        self.prompt = self._decoder.position
         answer: list[int] = []
         pending: list[int] = []
         self.finished = ""
@@ -219,37 +222,39 @@ class Cache:
         finally:
             if answer or self.finished:
                 self.entries.append(Turn(question, tuple(answer)))
-                position = self._decoder.position
-                self._ends.append(position)
-                self._place = _Place(len(self.entries), position, place.clips, place.turns + 1, None, tuple(pending))
+                self._places.append(self._behind_turn(self._decoder.position, tuple(pending)))
             else:
                 self._decoder.rewind(place.position)
 
-    def cut_answer(self, length: int) -> bool:
-        """Shortens the last answer to its first ids; without any its question leaves, too. Returns whether the last
-        entry is an answer longer than that."""
-        last = self.entries[-1] if self.entries else None
-        if not isinstance(last, Turn) or len(last.answer) <= length:
-            return False
-        place, position = self._answer_began, self.prompt
-        del self.entries[-1], self._ends[-1]
+    def _behind_turn(self, position: int, pending: tuple[int, ...]) -> _Place:
+        before = self._place
+        return _Place(before.entries + 1, position, before.clips, before.turns + 1, None, pending)
+
+    def cut_answer(self, length: int) -> None:
+        """Shortens the answer with which the entries end to its first ids; without any its question leaves, too."""
+        turn = self.entries.pop()
+        assert isinstance(turn, Turn)
+        self._places.pop()
         if length:
-            position, pending = position + length - 1, last.answer[length - 1 : length]
-            self.entries.append(replace(last, answer=last.answer[:length]))
-            self._ends.append(position)
-            place = _Place(len(self.entries), position, place.clips, place.turns + 1, None, pending)
-        self._place = place
-        self._decoder.rewind(place.position)
-        return True
+            self.entries.append(replace(turn, answer=turn.answer[:length]))
+            self._places.append(self._behind_turn(self.prompt + length - 1, turn.answer[length - 1 : length]))
+        self._decoder.rewind(self.position)
+
+    def drop_last(self) -> None:
+        """Forgets the last entry, which is not half prefilled."""
+        if not self.waiting:
+            self._places.pop()
+            self._decoder.rewind(self.position)
+        self.entries.pop()
 
     def _begin_turn_with(self, lead: list[int]) -> None:
         """Prefills the turn that is open once more, behind another lead."""
-        began, opened = self._turn_began, self._text.embed([*self._turn_began.pending, *lead])
-        self._decoder.rewind(began.position)
-        del self._ends[began.entries :]
-        self._laid = [opened]
-        self._place = replace(began, lead=tuple(lead), pending=(), position=began.position + len(opened))
+        while self._place.lead is not None:
+            self._places.pop()
+        self._decoder.rewind(self.position)
+        self._lead = lead
         self.fill()
+        self._lead = None
 
 
 class Conversation:
@@ -267,6 +272,7 @@ class Conversation:
         self._cache = Cache(decoder, text, model, [])
         self._other: Cache | None = None
         self._has_second = False  # the other cache is the second one, not a spare
+        self._arrived: list[Clip] = []  # of a stream, and not among the entries yet
         self._window = model.max_frames // model.clip_length
         self._room = self._cache.capacity - min(RESERVE, int(self._cache.capacity * FREE))
         self.live = False
@@ -303,17 +309,21 @@ class Conversation:
     def add(self, clip: Clip) -> None:
         """Appends a clip to what was seen. Of a stream it is prefilled, of a video that is watched whole chunks are."""
         if self.live:
-            self._make_room(clip)
-        for cache in filter(None, (self._cache, self._second)):
-            cache.entries.append(clip)
-        if self.live:
+            self._arrived = [*self._arrived, clip][-self._window :]
             self.settle()
         else:
+            self._cache.entries.append(clip)
             self._cache.fill(at_least=self._model.chunk)
 
     def settle(self) -> None:
         """Prefills everything that waits for the first cache: each entry of a stream on its own, for it came so."""
         while self.live and self._cache.waiting:
+            self._cache.step()
+        while self._arrived:
+            self._make_room(self._arrived[0])
+            clip = self._arrived.pop(0)
+            for cache in filter(None, (self._cache, self._second)):
+                cache.entries.append(clip)
             self._cache.step()
         self._cache.fill()
 
@@ -349,13 +359,18 @@ class Conversation:
                 self._second.entries += self._cache.entries[before:]
 
     def cut_answer(self, length: int) -> None:
-        """See `Cache.cut_answer`."""
-        if self._cache.cut_answer(length) and self._has_second:
-            self._has_second = False  # which may hold the answer
+        """Shortens the last answer to its first ids if nothing has come since; see `Cache.cut_answer`."""
+        last = self._cache.entries[-1] if self._cache.entries else None
+        if isinstance(last, Turn) and len(last.answer) > length:
+            self._cache.cut_answer(length)
+            if self._second is not None and self._second.entries and self._second.entries[-1] is last:
+                self._second.drop_last()
+                self._second.entries += self._cache.entries[-1:] if length else []
 
     def refill(self, entries: list[Entry]) -> None:
         """Begins anew with other entries, which are prefilled when something is added or asked."""
         self._cache.refill(entries)
+        self._arrived = []
         self._has_second = False
 
     def forget(self) -> None:
@@ -363,7 +378,6 @@ class Conversation:
         self.refill([entry for entry in self._cache.entries if not isinstance(entry, Turn)])
 
     def _make_room(self, clip: Clip) -> None:
-        self.settle()
         for _ in range(2):
             if self._cache.clips < self._window and self._cache.position + self._cache.length(clip) <= self._room:
                 break

@@ -3,9 +3,11 @@
 import gc
 import itertools
 import random
+import resource
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import msgspec
@@ -236,6 +238,28 @@ def test_more_questions_than_fit_the_cache_while_the_camera_stands_still(tiny_pa
     for number in range(30):
         assert len(answer(session, f"{number} {QUESTION}", 30)) > 0
         assert session.stats().clips == 2
+
+
+@pytest.mark.parametrize("taken", [0, 3])
+def test_of_an_answer_given_up_over_a_stream_what_was_read_stays(package, taken):
+    """Also in the second cache, which takes over in between."""
+    session, fresh = VideoSession(package, threads=1), VideoSession(package, threads=1)
+    frames = video(1, 24)
+    push(session, frames[:12])
+    given_up = session.ask(OTHER, 200)
+    for _ in range(taken):
+        next(given_up)
+    ids = given_up._answer.read
+    until(lambda: session._pipeline.conversation.lag == 0)
+    given_up.close()
+    push(session, frames[12:], 3.0)
+    push(fresh, frames[:12])
+    if taken:
+        "".join(fresh.ask(OTHER, ids))
+    push(fresh, frames[12:], 3.0)
+    assert answer(session) == answer(fresh)
+    assert session.stats().moves == fresh.stats().moves == 1
+    assert session.stats().prompt_tokens == fresh.stats().prompt_tokens
 
 
 # -- the window --------------------------------------------------------------------------------------------------------
@@ -602,3 +626,36 @@ def test_a_trace_shows_stages_that_take_turns_on_a_cpu(package, tmp_path):
     named = [event["name"] for event in events if event["ph"] == "X"]
     assert named.count("vision") == 10 and named.count("decode") == 8 and {"llm", "again"} <= set(named)
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event["ph"] == "X")
+
+
+# -- for long ----------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    """Bytes of memory that the process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def open_handles():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_ten_thousand_frames_leave_nothing_behind(package):
+    with VideoSession(package, threads=1) as session:  # whatever libraries open once
+        answer(session)
+    frames, handles = video(24, 100), open_handles()
+    with VideoSession(package, threads=1) as session:
+        for number in range(10_000):
+            session.push(frames[number % 100], number / 4)
+            if number % 500 == 499:
+                answer(session)
+            if number == 999:
+                session.drain()
+                before = resident()
+        session.drain()
+        assert resident() - before < 50e6
+        stats = session.stats()
+        assert (stats.pushed, stats.clips_seen, stats.dropped, stats.waiting) == (10_000, 2_500, 0, 0)
+        assert stats.clips <= WINDOW
+    assert ours() == []
+    assert open_handles() <= handles
