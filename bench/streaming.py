@@ -70,10 +70,10 @@ class Serial:
         self._model, (self._encoder, decoder) = session.model, session.engines
         self._cache = Cache(decoder.twin(), ChatText(session.package), session.model, [])
 
-    def answer(self, clips: list[NDArray[np.uint8]]) -> int:
-        """The first token's id."""
+    def answer(self, clips: list[NDArray[np.uint8]]) -> None:
+        """Up to the first token, which may be the end of the answer."""
         self._cache.refill([self._encoder.encode(clip[None])[0] for clip in clips])
-        return next(self._cache.ask(QUESTION, 1, Sampler()))
+        next(self._cache.ask(QUESTION, 1, Sampler()), None)
 
     def read(self, path: Path, frames: int) -> list[NDArray[np.uint8]]:
         clips = read_clips(open_video(path), frames, self._model.clip_length, self._model.image_size)
@@ -128,7 +128,7 @@ def file(folder: Path, rounds: int, threads: int) -> dict[str, object]:
 
         def streamed() -> None:
             session.watch(path, frames)
-            next(session.ask(QUESTION, max_new_tokens=1))
+            next(session.ask(QUESTION, max_new_tokens=1), None)
 
         times = in_turns({"serial": lambda: serial.answer(serial.read(path, frames)), "streamed": streamed}, rounds, 1)
     ratio = statistics.median(a / b for a, b in zip(times["streamed"], times["serial"], strict=True))

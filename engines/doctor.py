@@ -28,6 +28,7 @@ LIBRARIES = (
     "polygraphy",
     "tensorrt-rtx",
     "tensorrt",
+    "cuda-bindings",
 )
 
 
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> int:
 def examine() -> dict[str, Any]:
     """What the command prints, as one document."""
     gpus, why = find_gpus()
+    capabilities = {gpu.capability for gpu in gpus}
     return {
         "python": platform.python_version(),
         "machine": f"{sys.platform} {platform.machine()}",
@@ -59,8 +61,8 @@ def examine() -> dict[str, Any]:
         "no_gpu": why,
         "targets": {
             target.name: {
-                "compile": _can_compile(target, {g.capability for g in gpus}),
-                "run": _can_run(target),
+                "compile": _can_compile(target, capabilities),
+                "run": _can_run(target, capabilities),
             }
             for target in TARGETS.values()
         },
@@ -91,9 +93,19 @@ def _can_compile(target: Target, capabilities: set[str]) -> str:
     return exporting or ("a bundle, finished on the device" if ahead else "no: tensorrt-rtx is not installed")
 
 
-def _can_run(target: Target) -> str:
+def _can_run(target: Target, capabilities: set[str]) -> str:
     if target.provider is None:
-        return "no: engines for trtexec and polygraphy"
+        if not capabilities & set(target.capabilities):
+            return f"no: no GPU of compute capability {' or '.join(target.capabilities)}"
+        compilers = [name for name in (target.compiler, target.ahead_of_time) if name is not None]
+        installed = [name for name in compilers if importlib.util.find_spec(name.replace("-", "_"))]
+        if not installed:
+            return f"no: {' or '.join(compilers)} is not installed"
+        return (
+            f"yes, by {' or '.join(installed)}"
+            if importlib.util.find_spec("cuda")
+            else "no: cuda-python is not installed"
+        )
     if importlib.util.find_spec("onnxruntime") is None:
         return "no: onnxruntime is not installed"
     import onnxruntime

@@ -1,7 +1,7 @@
-"""For every graph of a package: real inputs, and ready command lines for polygraphy.
+"""For every graph of a package: real inputs, and ready command lines for polygraphy and trtexec.
 
     clip, prompt ──▶ frames.npy, inputs_embeds.npy ──helpers.py──▶ feeds, one function a graph, caches empty
-    tensor specs ──▶ profiles ─────────────────────commands.txt──▶ polygraphy run ...
+    tensor specs ──▶ profiles ─────────────────────commands.txt──▶ polygraphy run ..., trtexec ...
 
 Everything lies in the package's folder `polygraphy`, and the commands run from the package's folder. The inputs are a
 script and two arrays instead of polygraphy's JSON, which would hold every zero of the caches: hundreds of megabytes.
@@ -31,6 +31,7 @@ COSINE: dict[Asked, float] = {
     "int8-weights": 0.9995,
     "int4-weights": 0.9995,
 }
+TRTEXEC = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}  # as TensorRT and TensorRT-RTX name it
 RTX = "POLYGRAPHY_USE_TENSORRT_RTX=1 "
 
 SCRIPT_HEAD = '''\
@@ -51,7 +52,7 @@ def without_tf32(builder, network, config):
     config.clear_flag(tensorrt_rtx.BuilderFlag.TF32)
 '''
 COMMANDS_HEAD = """\
-# Commands for polygraphy 0.53.6, to be run in the package's folder (the one with manifest.json).
+# Commands for polygraphy 0.53.6 and trtexec, to be run in the package's folder (the one with manifest.json).
 # The first of each graph needs no GPU and saves the outputs that others compare with; see docs/package.md.
 """
 
@@ -141,7 +142,13 @@ def _commands(part: Graph | Engine, parts: Sequence[Graph | Engine], target: Tar
         graph = next(g for g in parts if _is_onnx(g) and (g.name, g.dialect) == (part.name, part.dialect))
         run = ["polygraphy", "run", path, "--trt", *_inputs(graph), "--load-outputs", _outputs(graph), *compare]
         prefix = RTX if part.compiler == "tensorrt-rtx" else ""
-        return [f"{title}the engine on its GPU against the saved outputs of {_path(graph)}", prefix + shlex.join(run)]
+        timed = [TRTEXEC[part.compiler], f"--loadEngine={path}", *_trtexec_shapes(part, {"shapes": "opt"})]
+        return [
+            f"{title}the engine on its GPU against the saved outputs of {_path(graph)}",
+            prefix + shlex.join(run),
+            f"{title}the engine's latency",
+            shlex.join(timed),
+        ]
     run = ["polygraphy", "run", path]
     saved = ["--onnxrt", *_inputs(part), "--validate", "--save-outputs", _outputs(part)]
     lines = [f"{title}ONNX Runtime on the CPU", shlex.join(run + saved)]
@@ -152,7 +159,23 @@ def _commands(part: Graph | Engine, parts: Sequence[Graph | Engine], target: Tar
         built = ["--trt", *_build_arguments(part, compiler), "--onnxrt", *_inputs(part), *compare]
         prefix, name = (RTX, "TensorRT-RTX") if compiler == "tensorrt-rtx" else ("", "TensorRT")
         lines += [f"{title}{name} on a GPU against ONNX Runtime", prefix + shlex.join(run + built)]
+        shapes = _trtexec_shapes(part, {"minShapes": "min", "optShapes": "opt", "maxShapes": "max"})
+        typed = ["--stronglyTyped"] if compiler == "tensorrt" else []  # which TensorRT 11 and TensorRT-RTX always do
+        timed = [TRTEXEC[compiler], f"--onnx={path}", *typed, *shapes]
+        lines += [f"{title}built by {name}, and its latency", shlex.join(timed)]
     return lines
+
+
+def _trtexec_shapes(part: Graph | Engine, options: dict[str, str]) -> list[str]:
+    """trtexec's option -> which of a profile's shapes it takes."""
+    profiles = {spec.name: spec.profile for spec in part.inputs if spec.profile is not None}
+    if not profiles:
+        return []
+    return [
+        f"--{option}="
+        + ",".join(f"{name}:{'x'.join(map(str, getattr(profile, which)))}" for name, profile in profiles.items())
+        for option, which in options.items()
+    ]
 
 
 def _build_arguments(part: Graph | Engine, compiler: Compiler) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -66,6 +67,36 @@ class Decoder(Protocol):
         ...
 
 
+def check_frames(frames: NDArray[np.uint8], shape: Sequence[int], most: int | None = None) -> None:
+    """Raises InputError when clips are not uint8 (clips, *shape), none, or more than `most`."""
+    if frames.dtype != np.uint8 or list(frames.shape[1:]) != list(shape) or not len(frames):
+        raise InputError(
+            f"the encoder was given {frames.dtype} {frames.shape}, expected uint8 (clips, "
+            f"{', '.join(map(str, shape))}) with at least one clip"
+        )
+    if most is not None and len(frames) > most:
+        raise InputError(f"the encoder was given {len(frames)} clips, its engine takes {most} at once")
+
+
+def check_embeddings(
+    embeddings: NDArray[np.float32], width: int, position: int, capacity: int, most: int | None = None
+) -> None:
+    """Raises InputError when embeddings are not (positions, width), none, more than `most`, or do not fit the cache."""
+    if embeddings.ndim != 2 or embeddings.shape[1] != width or not len(embeddings):
+        raise InputError(
+            f"the decoder was given embeddings of shape {embeddings.shape}, expected (positions, {width}) "
+            "with at least one position"
+        )
+    if most is not None and len(embeddings) > most:
+        raise InputError(f"the decoder was given {len(embeddings)} positions, its engine takes {most} at once")
+    end = position + len(embeddings)
+    if end > capacity:
+        raise InputError(
+            f"{end} positions do not fit the KV cache of {capacity}; use fewer frames or a shorter question, "
+            "or build with more --frames"
+        )
+
+
 def open_engines(
     package: Package, threads: int | None = None, profiling: Path | None = None
 ) -> tuple[Encoder, Decoder]:
@@ -78,14 +109,14 @@ def open_engines(
     Raises:
         InputError: the package is a bundle, its target can't run here, what runs it is not installed, or it was made
             for another version.
+        EngineError: the GPU has no memory left for it.
     """
     target = TARGETS[package.manifest.target]
     encoder, decoder = package.engine("encoder"), package.engine("decoder")
     if target.provider is None:
-        raise InputError(
-            f"{package.folder}: holds TensorRT engines for {target.name}; this version of liteframe runs packages "
-            "built for cpu and cuda. Open the engines with trtexec or polygraphy, or build with --target cpu"
-        )
+        from .trt_engine import open_trt
+
+        return open_trt(package, profiling is not None)
     try:
         from .ort_engine import OrtDecoder, OrtEncoder, check_version
     except ModuleNotFoundError as error:

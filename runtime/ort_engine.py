@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..engines.package import Engine, InputError, Package
+from .engine import check_embeddings, check_frames
 
 # ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with what they hold
 GROWTH = 256
@@ -100,11 +101,7 @@ class OrtEncoder:
         Raises:
             InputError: another type or shape, or no clips.
         """
-        if frames.dtype != np.uint8 or list(frames.shape[1:]) != self._shape or not len(frames):
-            raise InputError(
-                f"the encoder was given {frames.dtype} {frames.shape}, expected uint8 (clips, "
-                f"{', '.join(map(str, self._shape))}) with at least one clip"
-            )
+        check_frames(frames, self._shape)
         (tokens,) = self._session.run(["visual_tokens"], {"frames": frames})
         return tokens
 
@@ -165,17 +162,8 @@ class OrtDecoder:
         Raises:
             InputError: they do not fit the cache, have another width, or are none.
         """
-        if embeddings.ndim != 2 or embeddings.shape[1] != self._width or not len(embeddings):
-            raise InputError(
-                f"the decoder was given embeddings of shape {embeddings.shape}, expected (positions, {self._width}) "
-                "with at least one position"
-            )
+        check_embeddings(embeddings, self._width, self.position, self.capacity)
         end = self.position + len(embeddings)
-        if end > self.capacity:
-            raise InputError(
-                f"{end} positions do not fit the KV cache of {self.capacity}; use fewer frames or a shorter question, "
-                "or build with more --frames"
-            )
         if self._in_place and self._fixed is None:
             self._reserve(end)
         binding = self._session.io_binding()

@@ -55,7 +55,10 @@ def test_an_exporting_machine_without_a_gpu(machine):
     assert verdicts("run") == {
         "cpu": "yes",
         "cuda": "no: CUDAExecutionProvider is not there",
-        **dict.fromkeys(("a100", "rtx", "jetson-orin", "jetson-thor"), "no: engines for trtexec and polygraphy"),
+        "a100": "no: no GPU of compute capability 8.0",
+        "rtx": "no: no GPU of compute capability 8.6 or 8.9 or 12.0 or 12.1",
+        "jetson-orin": "no: no GPU of compute capability 8.7",
+        "jetson-thor": "no: no GPU of compute capability 11.0",
     }
     assert doctor.examine()["no_gpu"] == "no NVIDIA driver"
 
@@ -99,6 +102,19 @@ def test_onnx_runtime_with_cuda_runs_the_cuda_target(machine):
     assert verdicts("run")["cuda"] == "yes"
     machine("")
     assert verdicts("run")["cpu"] == verdicts("run")["cuda"] == "no: onnxruntime is not installed"
+
+
+def test_tensorrt_engines_run_where_gpu_tensorrt_and_cuda_python_are(machine):
+    orin, a100 = Gpu("Orin", "8.7", 1), Gpu("NVIDIA A100", "8.0", 1)
+    machine("tensorrt cuda", [orin])
+    assert verdicts("run")["jetson-orin"] == "yes, by tensorrt"
+    assert verdicts("run")["jetson-thor"] == "no: no GPU of compute capability 11.0"
+    machine("tensorrt", [orin])
+    assert verdicts("run")["jetson-orin"] == "no: cuda-python is not installed"
+    machine("cuda", [a100])
+    assert verdicts("run")["a100"] == "no: tensorrt or tensorrt-rtx is not installed"
+    machine("cuda tensorrt_rtx", [a100])
+    assert verdicts("run")["a100"] == "yes, by tensorrt-rtx"
 
 
 def test_the_command_prints_a_table_and_ends_with_one_json_document(machine, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from liteframe.engines.device import find_gpus
 from liteframe.engines.package import InputError, Package
 from liteframe.export.artifact import load_artifact
 from liteframe.export.models.attention import use_dialect
@@ -275,6 +276,7 @@ def test_a_bundle_names_the_command_that_finishes_it(tiny_package):
         VideoSession(edited(tiny_package, target="jetson-orin", engines=[]))
 
 
-def test_tensorrt_engines_are_not_run(tiny_package):
-    with pytest.raises(InputError, match="holds TensorRT engines for a100"):
+@pytest.mark.skipif(bool(find_gpus()[0]), reason="there is a GPU")
+def test_tensorrt_engines_need_a_gpu(tiny_package):
+    with pytest.raises(InputError, match=r"no NVIDIA GPU can be used here: |TensorRT engines need cuda-python"):
         VideoSession(edited(tiny_package, target="a100"))
