@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,72 @@ class Memory:
         self.address = int(cuda.call("cudaMalloc", self.size))
         weakref.finalize(self, cuda.call, "cudaFree", self.address)
         cuda.call("cudaMemset", self.address, 0, self.size)
+
+
+class DeviceFrames:
+    """Room for a clip's frames on the device, uint8 `shape` (T, H, W, 3); they come there without a way over the host.
+
+    Args:
+        stream: what the copies are put on.
+    """
+
+    def __init__(self, cuda: Cuda, stream: Stream, shape: tuple[int, ...]):
+        self._cuda, self._stream, self._shape = cuda, stream, shape
+        self._frame = math.prod(shape[1:])
+        self.memory = cuda.allocate(shape[0] * self._frame)
+
+    def put(self, index: int, frame: Any) -> None:
+        """Copies a frame that speaks DLPack or `__cuda_array_interface__`, behind what its own stream does to it.
+
+        Raises:
+            InputError: it is not uint8 of the clip's height and width, RGB, contiguous.
+        """
+        address, dtype, shape, strides = self._view(frame)
+        contiguous = strides in (None, (self._shape[2] * 3, 3, 1))
+        if dtype != np.uint8 or shape != self._shape[1:] or not contiguous:
+            raise InputError(
+                f"a frame on the GPU is {dtype} {shape}{'' if contiguous else ', not contiguous'}; there uint8 "
+                f"{self._shape[1:]} in RGB, contiguous, was expected: resize it, or push it from the host"
+            )
+        self._stream.on_device(self.memory.address + index * self._frame, address, self._frame)
+        self._stream.finish()
+
+    def _view(self, frame: Any) -> tuple[int, np.dtype[Any], tuple[int, ...], tuple[int, ...] | None]:
+        """Address, type, shape, and strides in bytes. What the frame's own stream does to it is done."""
+        found = getattr(frame, "__cuda_array_interface__", None)
+        if found is not None and (found["version"] >= 3 or not hasattr(frame, "__dlpack__")):
+            # before version 3 it does not tell its stream; the legacy default one waits for all that are not special
+            stream = found.get("stream") if found["version"] >= 3 else 1
+            if stream is not None:
+                self._cuda.call("cudaStreamSynchronize", stream)
+            strides = found.get("strides")
+            return found["data"][0], np.dtype(found["typestr"]), tuple(found["shape"]), strides and tuple(strides)
+        try:
+            from cuda.core.utils import StridedMemoryView
+        except ModuleNotFoundError:
+            raise InputError("frames on a GPU by DLPack need cuda-core; run: pip install cuda-core") from None
+        try:
+            view = StridedMemoryView.from_dlpack(frame, stream_ptr=int(self._stream.handle))
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"a {type(frame).__name__} can't be read as a frame: {error}") from None
+        strides = view.strides and tuple(stride * view.dtype.itemsize for stride in view.strides)
+        return view.ptr, view.dtype, tuple(view.shape), strides
+
+    def fill(self, given: int) -> None:
+        """Repeats the last of the first `given` frames to the end."""
+        for index in range(given, self._shape[0]):
+            last = self.memory.address + (given - 1) * self._frame
+            self._stream.on_device(self.memory.address + index * self._frame, last, self._frame)
+        self._stream.finish()
+
+
+def is_on_device(frame: Any) -> bool:
+    """Whether an array lies in a GPU's memory. Source: DLPack's DLDeviceType, kDLCUDA and kDLCUDAManaged."""
+    if isinstance(frame, np.ndarray):
+        return False
+    if hasattr(frame, "__dlpack_device__"):
+        return frame.__dlpack_device__()[0] in (2, 13)
+    return hasattr(frame, "__cuda_array_interface__")
 
 
 class Stream:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import InputError, Package
 from ..engines.targets import TARGETS
+
+if TYPE_CHECKING:
+    from .cuda import DeviceFrames
 
 
 class EngineError(Exception):
@@ -24,6 +27,14 @@ class Encoder(Protocol):
         Raises:
             InputError: another type or shape, or no clips.
         """
+        ...
+
+    def device_frames(self) -> DeviceFrames | None:
+        """Room for a clip whose frames lie on the GPU already; None if such are not taken."""
+        ...
+
+    def encode_on_device(self, clips: list[DeviceFrames]) -> NDArray[np.float32]:
+        """As `encode`, of clips that `device_frames` had room for."""
         ...
 
     def node_times(self) -> list[tuple[str, float]]:
@@ -41,6 +52,15 @@ class Decoder(Protocol):
 
     position: int
     capacity: int
+
+    @property
+    def reserved(self) -> int:
+        """How many positions there is room for before the cache has to grow."""
+        ...
+
+    def reserve(self, positions: int) -> None:
+        """Makes the cache large enough for so many positions, at most its capacity."""
+        ...
 
     def forward(self, embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
         """Appends (S, D) embeddings to the cache; returns the logits (vocabulary,) after the last of them.

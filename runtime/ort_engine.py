@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..engines.package import Engine, InputError, Package
+from .cuda import DeviceFrames
 from .engine import check_embeddings, check_frames
 
 # ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with what they hold
@@ -95,6 +96,12 @@ class OrtEncoder:
         """See `node_times`."""
         return node_times(self._session)
 
+    def device_frames(self) -> None:
+        """Frames come from the host."""
+
+    def encode_on_device(self, clips: list[DeviceFrames]) -> NDArray[np.float32]:
+        raise InputError("ONNX Runtime's executor takes frames from the host")
+
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Clips uint8 (clips, T, H, W, 3), RGB -> visual tokens float32 (clips, tokens_per_clip, D).
 
@@ -164,8 +171,7 @@ class OrtDecoder:
         """
         check_embeddings(embeddings, self._width, self.position, self.capacity)
         end = self.position + len(embeddings)
-        if self._in_place and self._fixed is None:
-            self._reserve(end)
+        self.reserve(end)
         binding = self._session.io_binding()
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeddings[None], np.float32))
         binding.bind_cpu_input("write_index", np.array([self.position], np.int64))
@@ -183,9 +189,15 @@ class OrtDecoder:
         self.position = end
         return outputs["logits"].numpy()[0]
 
-    def _reserve(self, positions: int) -> None:
-        length = self._buffers[self._caches[0]].shape()[2]
-        if positions <= length:
+    @property
+    def reserved(self) -> int:
+        """How many positions there is room for before the cache has to grow."""
+        growing = self._in_place and self._fixed is None
+        return self._buffers[self._caches[0]].shape()[2] if growing else self.capacity
+
+    def reserve(self, positions: int) -> None:
+        """Makes the cache large enough for so many positions, at most its capacity."""
+        if min(positions, self.capacity) <= self.reserved:
             return
         grown = min(-(-positions // GROWTH) * GROWTH, self.capacity)
         for name, buffer in self._buffers.items():

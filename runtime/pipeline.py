@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..engines.package import InputError
 from .conversation import Conversation
+from .cuda import DeviceFrames
 from .engine import Encoder, EngineError
 from .text import Sampler
 from .trace import Trace
@@ -151,9 +152,9 @@ class Turns:
 
 @dataclass(eq=False)
 class Clip:
-    """Frames uint8 (T, H, W, 3), RGB, for the encoder; `given` of them were pushed, the rest repeat the last."""
+    """Frames uint8 (T, H, W, 3), RGB, on the host or a GPU; `given` of them were pushed, the rest repeat the last."""
 
-    frames: NDArray[np.uint8]
+    frames: NDArray[np.uint8] | DeviceFrames
     given: int
 
 
@@ -352,7 +353,7 @@ class Pipeline:
     def _encoded(self, clips: list[Clip]) -> Iterable[NDArray[np.float32]]:
         try:
             with self._span("encoder", "vision_ms", clips=len(clips)):
-                tokens = self._encoder.encode(np.stack([clip.frames for clip in clips]))
+                tokens = self._encode_clips([clip.frames for clip in clips])
         except Exception as error:
             self._lose(clips)
             self._report("the encoder", f"{len(clips)} clips, which are left out", error)
@@ -361,9 +362,18 @@ class Pipeline:
         self.stats.waiting -= sum(clip.given for clip in clips)
         return tokens
 
+    def _encode_clips(self, clips: list[NDArray[np.uint8] | DeviceFrames]) -> NDArray[np.float32]:
+        on_host = [clip for clip in clips if isinstance(clip, np.ndarray)]
+        on_device = [clip for clip in clips if not isinstance(clip, np.ndarray)]
+        if not on_device:
+            return self._encoder.encode(np.stack(on_host))
+        if not on_host:
+            return self._encoder.encode_on_device(on_device)
+        return np.concatenate([self._encode_clips([clip]) for clip in clips])
+
     def _read(self) -> bool:
         """What the language model has to do next. False when the pipeline is closed."""
-        taken = self._tokens.take(1, wait=not self.conversation.lag)
+        taken = self._tokens.take(1, wait=not self.conversation.has_chores)
         if isinstance(taken, Request):
             try:
                 taken.done.set_result(taken.run())
@@ -377,18 +387,18 @@ class Pipeline:
             except Exception as error:
                 self._report("the decoder", "a clip", error)
             while self.conversation.lag > MOST_LAG:
-                self._catch_up()
+                self._do_chore()
         elif not self._tokens.closed:
-            self._catch_up()
+            self._do_chore()
         return not self._tokens.closed
 
-    def _catch_up(self) -> None:
+    def _do_chore(self) -> None:
         try:
             with self._span("language model", "again_ms"):
-                self.conversation.catch_up()
+                self.conversation.do_chore()
         except Exception as error:
-            self.conversation.give_up_second()
-            self._report("the decoder", "the second cache", error)
+            self.conversation.give_up_chores()
+            self._report("the decoder", "the caches", error)
 
     def _lose(self, clips: list[Clip]) -> None:
         given = sum(clip.given for clip in clips)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..engines.package import InputError, Package, open_package
 from .clips import Clip as ReadClip
 from .clips import read_clips, resize
 from .conversation import Conversation, Entry
+from .cuda import DeviceFrames, is_on_device
 from .engine import EngineError, open_engines
 from .pipeline import Answer, Backpressure, Clip, Pipeline, Stats
 from .text import ChatText, Sampler
@@ -71,7 +72,7 @@ class VideoSession:
         on_cpu = self.package.manifest.target == "cpu"
         self._pipeline = Pipeline(encoder, conversation, self.model.max_clips, on_cpu, trace)
         weakref.finalize(self, self._pipeline.close)
-        self._frames = np.empty((self.model.clip_length, *self.model.image_size, 3), np.uint8)
+        self._frames: HostFrames | DeviceFrames = self._host_frames()
         self._filled = 0  # of the clip that is being pushed
         self._pushed = 0
         self._last = -math.inf  # time of the last frame
@@ -117,6 +118,9 @@ class VideoSession:
         self._pipeline.raise_error()
         with open_video(source, fps) as video, self._pushing:
             before = self._begin_anew()
+            clip = self.model.clip_length
+            expected = wanted if video.frame_count is None else min(wanted, video.frame_count)
+            self._pipeline.submit(lambda: self._pipeline.conversation.expect(-(-expected // clip)))
             try:
                 self._read(read_clips(video, wanted, self.model.clip_length, self.model.image_size), progress)
             except BaseException:
@@ -187,7 +191,9 @@ class VideoSession:
         leaves. After a stall of more than STALL seconds the clip in the middle is filled with its last frame.
 
         Args:
-            frame: uint8 (H, W, 3), RGB, of any size, as a NumPy array or whatever gives one by DLPack. It is copied.
+            frame: uint8 (H, W, 3), RGB, as a NumPy array or by DLPack, of any size; or on the GPU, by DLPack or
+                `__cuda_array_interface__`, of the encoder's size and contiguous, for packages that TensorRT runs. It is
+                copied; from the GPU not over the host.
             timestamp: seconds on any clock, later than that of the frame before.
 
         Raises:
@@ -196,18 +202,21 @@ class VideoSession:
             EngineError: an engine failed on something before. The frame is not taken; the session goes on.
         """
         self._pipeline.raise_error()
-        image = resize(_checked(frame), self.model.image_size)
+        on_device = is_on_device(frame)
+        if not on_device:
+            frame = resize(_checked(frame), self.model.image_size)
         with self._pushing:
             if not self._last < timestamp < math.inf:
                 raise InputError(f"a frame at {timestamp} s came after one at {self._last} s; push them in their order")
             self._go_live()
             if self._filled and timestamp - self._last > STALL:
                 self._put()
-            self._frames[self._filled] = image
+            self._make_ready(on_device)
+            self._frames.put(self._filled, frame)
             self._filled, self._last = self._filled + 1, timestamp
             self._pipeline.stats.pushed += 1
             self._pipeline.stats.waiting += 1
-            if self._filled == len(self._frames):
+            if self._filled == self.model.clip_length:
                 self._put()
 
     def flush(self) -> None:
@@ -232,9 +241,25 @@ class VideoSession:
         if self._answer is not None and self._answer.given_up.is_set():
             self._end_answer()
         given, self._filled = self._filled, 0
-        self._frames[given:] = self._frames[given - 1]
-        clip, self._frames = Clip(self._frames, given), np.empty_like(self._frames)
-        self._pipeline.put(clip, self._when_full)
+        frames, self._frames = self._frames, self._host_frames()
+        frames.fill(given)
+        self._pipeline.put(Clip(frames.array if isinstance(frames, HostFrames) else frames, given), self._when_full)
+
+    def _make_ready(self, on_device: bool) -> None:
+        """For a frame on the GPU, or on the host."""
+        if on_device == isinstance(self._frames, DeviceFrames):
+            return
+        if self._filled:
+            raise InputError("the frames of a clip lie all on the GPU or all on the host; flush() in between")
+        room = self.engines[0].device_frames() if on_device else self._host_frames()
+        if room is None:
+            raise InputError(
+                f"a frame lies on a GPU, a package for {self.package.manifest.target} takes it from the host; copy it"
+            )
+        self._frames = room
+
+    def _host_frames(self) -> HostFrames:
+        return HostFrames(np.empty((self.model.clip_length, *self.model.image_size, 3), np.uint8))
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
@@ -292,6 +317,20 @@ class VideoSession:
             visual_tokens=clips * model.tokens_per_clip,
             moves=conversation.moves,
         )
+
+
+@dataclass
+class HostFrames:
+    """Room for a clip's frames, uint8 (T, H, W, 3)."""
+
+    array: NDArray[np.uint8]
+
+    def put(self, index: int, frame: NDArray[np.uint8]) -> None:
+        self.array[index] = frame
+
+    def fill(self, given: int) -> None:
+        """Repeats the last of the first `given` frames to the end."""
+        self.array[given:] = self.array[given - 1]
 
 
 class Reading(Iterator[str]):

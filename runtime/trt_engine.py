@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import Engine, InputError, Package, TensorSpec
-from .cuda import Cuda, Memory, Stream
+from .cuda import Cuda, DeviceFrames, Memory, Stream
 from .engine import EngineError, check_embeddings, check_frames
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -216,6 +216,11 @@ class TrtEncoder:
         frames, tokens = tensors["frames"], tensors["visual_tokens"]
         self._frames = cuda.pinned(frames.shape, frames.dtype)
         self._tokens = cuda.pinned(tokens.shape, tokens.dtype)
+        self._cuda, self._arrivals = cuda, cuda.stream()
+
+    def device_frames(self) -> DeviceFrames:
+        """Room for a clip whose frames lie on the GPU already."""
+        return DeviceFrames(self._cuda, self._arrivals, self._frames.shape[1:])
 
     def node_times(self) -> list[tuple[str, float]]:
         """See `engine.Encoder`."""
@@ -225,16 +230,31 @@ class TrtEncoder:
         """See `engine.Encoder`; no more clips than the engine's profile has."""
         most, *shape = self._frames.shape
         check_frames(frames, shape, most)
-        clips, run = len(frames), self._run
-        self._frames[:clips] = frames
-        run.set_shape("frames", frames.shape)
+        self._frames[: len(frames)] = frames
+        return self._encode(
+            len(frames), lambda: self._run.stream.to_device(self._run.memory["frames"], self._frames[: len(frames)])
+        )
+
+    def encode_on_device(self, clips: list[DeviceFrames]) -> NDArray[np.float32]:
+        """As `encode`, of clips that lie on the GPU."""
+
+        def gather() -> None:
+            start = self._run.memory["frames"].address
+            for number, clip in enumerate(clips):
+                self._run.stream.on_device(start + number * clip.memory.size, clip.memory.address, clip.memory.size)
+
+        return self._encode(len(clips), gather)
+
+    def _encode(self, clips: int, gather: Callable[[], None]) -> NDArray[np.float32]:
+        run = self._run
+        run.set_shape("frames", (clips, *self._frames.shape[1:]))
+        gather()
 
         def work() -> None:
-            run.stream.to_device(run.memory["frames"], self._frames[:clips])
             run.execute()
             run.stream.to_host(self._tokens[:clips], run.memory["visual_tokens"])
 
-        run.run(work, "batch" if clips == most else None)
+        run.run(work, "batch" if clips == len(self._frames) else None)
         return self._tokens[:clips].astype(np.float32)
 
 
@@ -261,6 +281,14 @@ class TrtDecoder:
         self._logits = cuda.pinned(tensors["logits"].shape, np.float32)
         self._spare = {} if self._in_place else {cache.name: cuda.allocate(cache.bytes) for cache in self._caches}
         self.position = 0
+
+    @property
+    def reserved(self) -> int:
+        """See `engine.Decoder`; caches are allocated once."""
+        return self.capacity
+
+    def reserve(self, positions: int) -> None:
+        """See `engine.Decoder`."""
 
     def twin(self) -> TrtDecoder:
         """The same engine with an empty KV cache of its own."""

@@ -177,25 +177,26 @@ def test_what_the_lines_for_tensorrt_rtx_build_compiles(folder_of, tmp_path):
         engine.unlink()
 
 
-def test_trtexec_is_given_every_graph_and_engine_with_the_profiles_shapes(folder_of):
-    for name in GPU_TARGETS:
-        folder, manifest = folder_of(name)
-        commands = [shlex.split(line) for line in (*lines(folder, "trtexec --"), *lines(folder, "tensorrt_rtx --"))]
-        assert len(commands) == {"a100": 2 * 2 + 2, "jetson-orin": 4}[name]
-        parts = {part.files[0].path: part for part in [*manifest.graphs, *manifest.engines]}
-        for program, path, *options in commands:
-            part = parts[path.partition("=")[2]]
-            given = dict(option.removeprefix("--").split("=") for option in options if "=" in option)
-            ranged = [spec for spec in part.inputs if spec.profile is not None]
-            if path.startswith("--loadEngine"):
-                wanted, expected = {"shapes": "opt"}, program == "tensorrt_rtx"
-            else:
-                wanted = {"minShapes": "min", "optShapes": "opt", "maxShapes": "max"}
-                expected = ("--stronglyTyped" in options) == (program == "trtexec")
-            assert expected and given == {
-                option: ",".join(f"{s.name}:{'x'.join(map(str, getattr(s.profile, which)))}" for s in ranged)
-                for option, which in wanted.items()
-            }
+@pytest.mark.parametrize("name", GPU_TARGETS)
+def test_trtexec_is_given_every_graph_and_engine_with_the_profiles_shapes(folder_of, name):
+    folder, manifest = folder_of(name)
+    commands = [shlex.split(line) for line in (*lines(folder, "trtexec --"), *lines(folder, "tensorrt_rtx --"))]
+    assert len(commands) == {"a100": 2 * 2 + 2, "jetson-orin": 4}[name]
+    parts = {part.files[0].path: part for part in [*manifest.graphs, *manifest.engines]}
+    for program, path, *options in commands:
+        part = parts[path.partition("=")[2]]
+        given = dict(option.removeprefix("--").split("=") for option in options if "=" in option)
+        ranged = [spec for spec in part.inputs if spec.profile is not None]
+        if path.startswith("--loadEngine"):
+            assert program == "tensorrt_rtx"
+            wanted = {"shapes": "opt"}
+        else:
+            assert ("--stronglyTyped" in options) == (program == "trtexec")
+            wanted = {"minShapes": "min", "optShapes": "opt", "maxShapes": "max"}
+        assert given == {
+            option: ",".join(f"{spec.name}:{'x'.join(map(str, getattr(spec.profile, which)))}" for spec in ranged)
+            for option, which in wanted.items()
+        }
 
 
 def test_the_same_bytes_wherever_and_however_the_inputs_lie(folder_of, tmp_path):

@@ -43,7 +43,7 @@ class FakeEncoder(Engine):
 
 
 class FakeDecoder(Engine):
-    position, capacity = 0, 1280
+    position, capacity, reserved = 0, 1280, 1280
 
     def forward(self, embeddings):
         self.spend(embeddings)
@@ -52,6 +52,9 @@ class FakeDecoder(Engine):
 
     def rewind(self, position):
         self.position = position
+
+    def reserve(self, positions):
+        pass
 
     def twin(self):
         """What runs the protocol; the session's own decoder is for streams, which are left out here."""

@@ -6,7 +6,7 @@ import random
 import resource
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -19,6 +19,7 @@ from liteframe.engines.package import InputError, Package
 from liteframe.runtime import EngineError, Trace, VideoSession
 from liteframe.runtime import session as session_module
 from liteframe.runtime.engine import open_engines
+from liteframe.runtime.ort_engine import OrtDecoder
 from liteframe.runtime.session import STALL
 from liteframe.runtime.text import ChatText
 
@@ -300,6 +301,70 @@ def test_a_video_watched_goes_on_as_a_stream(package):
     watched.watch(frames[:16])
     assert answer(session) == answer(watched)
     assert (session.stats().pushed, session.stats().clips_seen) == (0, 4)
+
+
+@pytest.fixture
+def growths(monkeypatch):
+    """Told, for each time that a cache grows, whether its decoder was being asked for something."""
+    reserve, forward, told, busy = OrtDecoder.reserve, OrtDecoder.forward, [], threading.local()
+
+    def counted(self, positions):
+        if min(positions, self.capacity) > self.reserved:
+            told.append(getattr(busy, "now", False))
+        reserve(self, positions)
+
+    def watched(self, embeddings):
+        busy.now = True
+        try:
+            return forward(self, embeddings)
+        finally:
+            busy.now = False
+
+    monkeypatch.setattr(OrtDecoder, "reserve", counted)
+    monkeypatch.setattr(OrtDecoder, "forward", watched)
+    return told
+
+
+def test_caches_grow_while_nothing_else_is_to_do(package, growths):
+    """Growing copies the whole cache: in a stream nothing waits for it but, at most, the first clip of each cache."""
+    session = VideoSession(package, threads=1)
+    for number, frame in enumerate(video(5, 64)):
+        session.push(frame, number / 4)
+        session.drain()
+        until(lambda: not session._pipeline.conversation.has_chores)
+    answer(session, count=100)
+    assert growths.count(True) <= 2 and growths.count(False) >= 2
+
+
+def test_a_video_that_is_watched_finds_room_made_for_it(package, growths):
+    session = VideoSession(package, threads=1)
+    session.watch(video(5, 16))
+    answer(session)
+    assert growths == [False]
+
+
+def test_a_cache_that_can_not_grow_ahead_grows_when_it_must(package, monkeypatch):
+    session, fresh = VideoSession(package, threads=1), VideoSession(package, threads=1)
+
+    def refused_ahead(self, positions):
+        if positions >= self.position + 512:
+            raise MemoryError("no room")
+        reserve(self, positions)
+
+    frames, reserve = video(6, 16), OrtDecoder.reserve
+    monkeypatch.setattr(OrtDecoder, "reserve", refused_ahead)
+    for number, frame in enumerate(frames):
+        try:
+            session.push(frame, number / 4)
+        except EngineError as error:
+            assert "the decoder failed on the caches: no room" in str(error)
+            session.push(frame, number / 4)
+    with suppress(EngineError):
+        session.drain()
+    said = answer(session)
+    monkeypatch.undo()
+    push(fresh, frames)
+    assert said == answer(fresh)
 
 
 # -- backpressure ------------------------------------------------------------------------------------------------------

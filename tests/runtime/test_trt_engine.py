@@ -9,6 +9,7 @@ ONNX Runtime's own executor on the same graphs; kernels are not.
 import ctypes
 import gc
 import importlib
+import sys
 import types
 
 import msgspec
@@ -34,7 +35,7 @@ class Cudart:
     def __init__(self, capability=(8, 7), devices=1):
         self.capability, self.devices = capability, devices
         self.blocks, self.handles, self.captures, self.graphs = {}, set(), {}, {}
-        self.launches, self.fail = 0, set()
+        self.launches, self.fail, self.waited, self.kinds = 0, set(), [], []
 
     def __getattribute__(self, name):
         if name.startswith("cuda") and name in object.__getattribute__(self, "fail"):
@@ -108,6 +109,8 @@ class Cudart:
             work()
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):
+        self.kinds.append((int(kind), size))
+
         def copy():
             self.check(target, size)
             self.check(source, size)
@@ -120,6 +123,11 @@ class Cudart:
         assert width <= min(target_pitch, source_pitch)
         for row in range(rows):
             self.cudaMemcpyAsync(target + row * target_pitch, source + row * source_pitch, width, kind, stream)
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream):
+        assert stream in (1, 42)  # the legacy default stream, or a frame's own
+        self.waited.append(stream)
         return (0,)
 
     def cudaEventRecord(self, event, stream):
@@ -372,6 +380,120 @@ def test_a_session_answers_as_on_a_cpu(bundle, tiny_package, opened, monkeypatch
             session.push(frame, number / 4)
         assert len("".join(session.ask("what's in the video?", 8))) > 0
         assert session.stats().moves == 2
+
+
+# -- frames on the GPU ------------------------------------------------------------------------------------------------
+
+
+class OnDevice:
+    """A frame in the stand-in's memory, with the CUDA array interface of a version."""
+
+    def __init__(self, cudart, frame, version=3, **changes):
+        _, address = cudart.cudaMalloc(frame.nbytes)
+        ctypes.memmove(address, frame.ctypes.data, frame.nbytes)
+        kind = {"shape": frame.shape, "typestr": frame.dtype.str, "strides": None}
+        self.__cuda_array_interface__ = {**kind, "data": (address, False), "version": version, **changes}
+
+
+@pytest.fixture
+def on_gpu(bundle, opened, monkeypatch):
+    encoder, decoder, cudart, _ = opened("fused")
+    monkeypatch.setattr(session_module, "open_engines", lambda *_: (encoder, decoder))
+    with VideoSession(package_of(bundle, "fused")) as session:
+        yield session, cudart
+
+
+def said(session, question="what's in the video?"):
+    text = "".join(session.ask(question, 16))
+    session.reset()
+    return text
+
+
+def test_frames_on_the_gpu_are_answered_about_without_a_way_over_the_host(on_gpu):
+    session, cudart = on_gpu
+    frames = clips(7, 3).reshape(-1, 56, 56, 3)
+    for number, frame in enumerate(frames):
+        session.push(frame, number / 4)
+    expected = said(session)
+    cudart.kinds.clear()
+    for number, frame in enumerate(frames):
+        session.push(OnDevice(cudart, frame, stream=42 if number else None), number / 4)
+    assert said(session) == expected
+    assert cudart.waited == [42] * 11
+    assert (1, frames[:4].nbytes) not in cudart.kinds and cudart.kinds.count((3, frames[0].nbytes)) == 12
+
+
+def test_a_clip_on_the_gpu_may_be_filled_and_the_next_may_come_from_the_host(on_gpu):
+    session, cudart = on_gpu
+    frames = clips(8, 2).reshape(-1, 56, 56, 3)
+    for number, frame in enumerate(frames[[0, 1, 1, 1, 4, 5, 6, 7]]):
+        session.push(frame, number / 4)
+    expected = said(session)
+    for number in range(2):
+        session.push(OnDevice(cudart, frames[number], version=2), number / 4)
+    with pytest.raises(InputError, match=r"lie all on the GPU or all on the host; flush\(\) in between"):
+        session.push(frames[4], 1.0)
+    session.flush()
+    for number in range(4, 8):
+        session.push(frames[number], float(number))
+    assert said(session) == expected
+    assert cudart.waited == [1, 1]  # which version 2 does not name
+
+
+@pytest.mark.parametrize(
+    ("frame", "changes", "message"),
+    [
+        (np.zeros((48, 56, 3), np.uint8), {}, r"is uint8 \(48, 56, 3\); there uint8 \(56, 56, 3\)"),
+        (np.zeros((56, 56, 3), np.float32), {}, r"is float32 \(56, 56, 3\)"),
+        (np.zeros((56, 56, 3), np.uint8), {"strides": (336, 6, 2)}, "not contiguous; there uint8"),
+    ],
+)
+def test_a_frame_on_the_gpu_that_does_not_fit_is_not_taken(on_gpu, frame, changes, message):
+    session, cudart = on_gpu
+    with pytest.raises(InputError, match=message):
+        session.push(OnDevice(cudart, frame, **changes), 0.0)
+    assert session.stats().pushed == 0
+    session.push(clips(1, 1)[0, 0], 0.1)
+
+
+def test_frames_by_dlpack_are_read_by_cuda_core(on_gpu, monkeypatch):
+    session, cudart = on_gpu
+    frames = clips(9, 1)[0]
+    for number, frame in enumerate(frames):
+        session.push(frame, number / 4)
+    expected = said(session)
+
+    class Tensor:
+        def __init__(self, frame):
+            self.on_device = OnDevice(cudart, frame, version=2).__cuda_array_interface__
+
+        def __dlpack__(self, stream=None):
+            raise AssertionError("is cuda-core's to call")
+
+        def __dlpack_device__(self):
+            return (2, 0)
+
+    class StridedMemoryView:
+        @classmethod
+        def from_dlpack(cls, tensor, stream_ptr):
+            assert stream_ptr in cudart.handles
+            found = tensor.on_device
+            view = types.SimpleNamespace(ptr=found["data"][0], shape=found["shape"], strides=(168, 3, 1))
+            view.dtype = np.dtype(found["typestr"])
+            return view
+
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", types.SimpleNamespace(StridedMemoryView=StridedMemoryView))
+    for number, frame in enumerate(frames):
+        session.push(Tensor(frame), number / 4)
+    assert said(session) == expected
+
+
+def test_a_package_for_a_cpu_takes_no_frames_on_a_gpu(tiny_package):
+    with (
+        VideoSession(tiny_package, threads=1) as session,
+        pytest.raises(InputError, match="a package for cpu takes it from the host; copy it"),
+    ):
+        session.push(OnDevice(Cudart(), clips(1, 1)[0, 0]), 0.0)
 
 
 # -- buffers ---------------------------------------------------------------------------------------------------------
