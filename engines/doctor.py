@@ -7,6 +7,7 @@ import importlib.util
 import json
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -34,6 +35,7 @@ LIBRARIES = (
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="liteframe doctor", description="What can be compiled and run here.")
+    parser.add_argument("--self-test", action="store_true", help="run small engines on every executor that is here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
     report = examine()
@@ -44,9 +46,26 @@ def main(arguments: list[str]) -> int:
     for name, verdict in report["targets"].items():
         table.add_row(name, verdict["compile"], verdict["run"])
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    failed = options.self_test and _self_test(report)
     if options.json:
         print(json.dumps(report))
-    return 0
+    return 1 if failed else 0
+
+
+def _self_test(report: dict[str, Any]) -> bool:
+    """Prints the results and puts them into the report; whether one failed."""
+    from .self_test import self_test
+
+    print("\nself-test: small engines against what ONNX Runtime makes of them on a CPU")
+    results = self_test()
+    for result in results:
+        verdict = {None: "not tried", True: "ok", False: "FAILED"}[result.passed]
+        print(f"{verdict:10}{result.executor}{', ' if result.what else ''}{result.what}: {result.detail}")
+    tried = [result for result in results if result.passed is not None]
+    failed = [result for result in tried if not result.passed]
+    print(f"verdict: {len(tried) - len(failed)} of {len(tried)} passed")
+    report["self_test"] = [asdict(result) for result in results]
+    return bool(failed)
 
 
 def examine() -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_the_commands_of_the_readme_run(tiny_artifact, video, monkeypatch):
 @pytest.mark.slow
 def test_the_way_to_a_jetson_runs_up_to_the_jetson(tiny_artifact, tmp_path, monkeypatch):
     commands = re.findall(r"^    (python export/.*|.venv/bin/liteframe .*)$", section(README, "To a Jetson"), re.M)
-    assert len(commands) == 3
+    assert len(commands) == 4
     shutil.copytree(tiny_artifact, tmp_path / "InternVL3-1B")
     (tmp_path / "export").symlink_to(ROOT / "export")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:/usr/bin:/bin")
@@ -187,6 +187,7 @@ def test_the_way_to_a_jetson_runs_up_to_the_jetson(tiny_artifact, tmp_path, monk
         )
         for command in commands
     ]
-    assert [done.returncode for done in results] == [0, 2, 0], results
+    assert [done.returncode for done in results] == [0, 2, 0, 0], results
     assert "tensorrt is not installed here; on a Jetson it comes with JetPack" in results[1].stderr
     assert "bundle without engines" in results[2].stdout
+    assert re.search(r"verdict: (\d+) of \1 passed", results[3].stdout)

@@ -18,7 +18,10 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liteframe.engines.package import Engine, InputError, Package
+from liteframe.engines import self_test
+from liteframe.engines.compile_tensorrt import Compiled
+from liteframe.engines.device import Gpu
+from liteframe.engines.package import Engine, InputError, Package, open_package
 from liteframe.export.build_engine import build
 from liteframe.runtime import EngineError, VideoSession, trt_engine
 from liteframe.runtime import session as session_module
@@ -654,6 +657,46 @@ def test_a_machine_without_a_gpu_says_so_in_one_sentence(bundle):
         Cuda()
     except InputError as error:
         assert pytest.raises(InputError, match=expected) and expected.replace("\\", "") in str(error)
+
+
+# -- the self-test -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "11.4.1"])
+def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
+    """With the stand-ins; an "engine" holds the path of its graph."""
+    cudart = Cudart()
+    graphs = {}
+
+    def compile_graph(path, inputs, flavour, capabilities):
+        assert (flavour, capabilities) == ("tensorrt", ["8.7"])
+        graphs[str(path).encode()] = path
+        return Compiled(engine=str(path).encode(), proof=None, version=version)
+
+    def deserialize(self, content):
+        bundle = open_package(graphs[content].parents[1])
+        (graph,) = (g for g in bundle.manifest.graphs if bundle.path(g.files[0]) == graphs[content])
+        session = ort.InferenceSession(graphs[content])
+        return types.SimpleNamespace(create_execution_context=lambda: Context(trt, graph, session))
+
+    trt = stand_in(types.SimpleNamespace(manifest=None), cudart, version)
+    trt.Runtime.deserialize_cuda_engine = deserialize
+    monkeypatch.setattr(self_test.compile_tensorrt, "load", lambda flavour: trt)
+    monkeypatch.setattr(self_test.compile_tensorrt, "compile_graph", compile_graph)
+    monkeypatch.setattr(self_test.proof, "check", lambda name, precision, proof: None)
+    monkeypatch.setattr(self_test, "find_gpus", lambda: ([Gpu("Orin", "8.7", 1)], ""))
+    monkeypatch.setattr(importlib, "import_module", lambda name: trt)
+    monkeypatch.setattr(trt_engine, "Cuda", lambda: Cuda(cudart))
+    results = {result.what: result for result in self_test.try_executor("TensorRT")}
+    assert results.keys() == {
+        f"{precision}, {dialect}" for precision in ("fp32", "fp16") for dialect in ("fused", "plain")
+    }
+    taken = [result.passed for what, result in results.items() if "plain" in what or version == "11.4.1"]
+    assert all(taken) and len(taken) == (4 if version == "11.4.1" else 2)
+    if version == "10.3.0":
+        assert results["fp16, fused"].detail == "TensorRT 10.3.0 does not take this dialect"
+    else:
+        assert cudart.launches > 10
 
 
 # -- the real types --------------------------------------------------------------------------------------------------

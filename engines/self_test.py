@@ -1,0 +1,187 @@
+"""`liteframe doctor --self-test`: every executor that can run here runs small engines, and is held to ONNX Runtime.
+
+    small bundles, FP32 and FP16 ──compiled here──▶ engines ──executor──▶ visual tokens, logits ─┬─▶ cosines, verdict
+    what ONNX Runtime made of them on a CPU, kept with the bundles ──────────────────────────────┘
+
+The bundles are made by export/self_test_bundles.py. Each executor runs in a process of its own, for one may crash, and
+polygraphy drives one TensorRT in a process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from . import compile_tensorrt, proof
+from .device import find_gpus
+from .package import Engine, Model, Package, describe_file, open_package
+from .targets import FUSED_SINCE, Dialect
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Decoder, Encoder
+
+FOLDER = Path(__file__).with_name("self_test_bundles")
+Precise = Literal["fp32", "fp16"]
+PRECISIONS: tuple[Precise, ...] = ("fp32", "fp16")
+COSINE = {"fp32": 0.99999, "fp16": 0.999}  # of all that comes out, at least
+EXECUTORS = {
+    "ONNX Runtime, CPU": "CPUExecutionProvider",
+    "ONNX Runtime, CUDA": "CUDAExecutionProvider",
+    "TensorRT": "tensorrt",
+    "TensorRT-RTX": "tensorrt-rtx",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    Attributes:
+        passed: None if it could not be tried.
+        detail: the least cosines, or why not.
+    """
+
+    executor: str
+    what: str
+    passed: bool | None
+    detail: str
+
+
+def run(encoder: Encoder, decoder: Decoder, model: Model) -> dict[str, NDArray[np.float32]]:
+    """What engines make of clips, and of a conversation in which everything happens that happens to a decoder: whole
+    chunks and single tokens, often enough to be recorded and replayed, other lengths, going back, a second cache."""
+    random = np.random.default_rng(0)
+    clips = random.integers(0, 256, (model.max_clips, model.clip_length, *model.image_size, 3), dtype=np.uint8)
+    made = {f"clips {number}: {count}": encoder.encode(clips[:count]) for number, count in enumerate(
+        (1, model.max_clips, model.max_clips, model.max_clips, 2)
+    )}  # fmt: skip
+    embeddings = random.standard_normal((2 * model.chunk, model.hidden_size)).astype(np.float32) * 0.3
+    twin, chunk = decoder.twin(), model.chunk
+    steps = [(decoder, 0, chunk), *((decoder, chunk + number, 1) for number in range(4)), (decoder, chunk // 2, 30)]
+    steps += [(twin, 0, 100), (twin, 100, 1), (decoder, chunk // 2 + 30, 1), (decoder, 0, chunk), (decoder, 0, chunk)]
+    steps += [(twin, 50, 7), (decoder, chunk - 1, 1)]
+    for number, (each, start, length) in enumerate(steps):
+        each.rewind(start)
+        made[f"step {number}: {length} behind {start}"] = each.forward(embeddings[start : start + length])
+    return made
+
+
+def self_test() -> list[Result]:
+    """Tries every executor."""
+    results = []
+    for executor in EXECUTORS:
+        if (why := _missing(executor)) is not None:
+            results.append(Result(executor, "", None, why))
+            continue
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            try:
+                results += process.submit(try_executor, executor).result()
+            except BrokenProcessPool:
+                results.append(Result(executor, "", False, "the process crashed; see its messages above"))
+    return results
+
+
+def _missing(executor: str) -> str | None:
+    """Why an executor can't be tried here."""
+    name = EXECUTORS[executor]
+    if name.endswith("Provider"):
+        if importlib.util.find_spec("onnxruntime") is None:
+            return "onnxruntime is not installed"
+        import onnxruntime
+
+        return None if name in onnxruntime.get_available_providers() else f"{name} is not there"
+    gpus, why = find_gpus()
+    if not gpus:
+        return why
+    for module in (name.replace("-", "_"), "polygraphy", "cuda"):
+        if importlib.util.find_spec(module) is None:
+            return f"{'cuda-python' if module == 'cuda' else module} is not installed"
+    return None
+
+
+def try_executor(executor: str) -> list[Result]:
+    """One executor on both precisions and both dialects, as far as it takes them."""
+    results = []
+    for precision in PRECISIONS:
+        bundle = open_package(FOLDER / precision)
+        with np.load(FOLDER / f"{precision}.npz", allow_pickle=False) as kept:
+            expected = dict(kept)
+        dialects: tuple[Dialect, ...] = ("fused", "plain")
+        for dialect in dialects:
+            what = f"{precision}, {dialect}"
+            try:
+                made = _run_on(executor, bundle, dialect)
+            except _NotTaken as why:
+                results.append(Result(executor, what, None, str(why)))
+            except Exception as error:  # whatever goes wrong on a device is the verdict
+                results.append(Result(executor, what, False, f"{type(error).__name__}: {error}"))
+            else:
+                results.append(compare(executor, what, made, expected, COSINE[precision]))
+    return results
+
+
+class _NotTaken(Exception):
+    pass
+
+
+def _run_on(executor: str, bundle: Package, dialect: Dialect) -> dict[str, NDArray[np.float32]]:
+    name, model = EXECUTORS[executor], bundle.manifest.model
+    graphs = {part: bundle.graph(part, dialect) for part in ("encoder", "decoder")}
+    if name.endswith("Provider"):
+        from ..runtime.ort_engine import OrtDecoder, OrtEncoder
+
+        paths = {part: bundle.path(graph.files[0]) for part, graph in graphs.items()}
+        return run(OrtEncoder(paths["encoder"], name), OrtDecoder(paths["decoder"], name, model.capacity), model)
+    from ..runtime.trt_engine import open_trt
+
+    flavour: compile_tensorrt.Flavour = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
+    version = compile_tensorrt.load(flavour).__version__
+    if flavour == "tensorrt" and dialect == "fused" and tuple(map(int, version.split(".")[:2])) < FUSED_SINCE:
+        raise _NotTaken(f"TensorRT {version} does not take this dialect")
+    gpus, _ = find_gpus()
+    with tempfile.TemporaryDirectory() as folder:
+        engines = []
+        for part, graph in graphs.items():
+            path = bundle.path(graph.files[0])
+            compiled = compile_tensorrt.compile_graph(path, graph.inputs, flavour, [gpus[0].capability])
+            proof.check(part, graph.precision, compiled.proof)
+            file = Path(folder) / f"{part}.engine"
+            file.write_bytes(compiled.engine)
+            engines.append(
+                Engine(
+                    name=graph.name,
+                    dialect=dialect,
+                    files=[describe_file(Path(folder), file)],
+                    inputs=graph.inputs,
+                    outputs=graph.outputs,
+                    precision=graph.precision,
+                    compiler=flavour,
+                    compiler_version=version,
+                    capabilities=[gpus[0].capability],
+                    parity=None,
+                )
+            )
+        package = Package(Path(folder), msgspec.structs.replace(bundle.manifest, engines=engines))
+        return run(*open_trt(package), model)
+
+
+def compare(
+    executor: str, what: str, made: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]], least: float
+) -> Result:
+    """The least cosine between what an executor made and what was expected, step by step."""
+    cosines = {}
+    for name, value in expected.items():
+        a, b = made[name].astype(np.float64).ravel(), value.astype(np.float64).ravel()
+        cosines[name] = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+    worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -2.0)
+    detail = f"least cosine {cosines[worst]:.7f} ({worst}), expected {least:g}"
+    return Result(executor, what, bool(cosines[worst] >= least), detail)
