@@ -181,7 +181,7 @@ def compare(
     cosines = {}
     for name, value in expected.items():
         a, b = made[name].astype(np.float64).ravel(), value.astype(np.float64).ravel()
-        cosines[name] = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+        cosines[name] = float(a @ b / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
     worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -2.0)
     detail = f"least cosine {cosines[worst]:.7f} ({worst}), expected {least:g}"
     return Result(executor, what, bool(cosines[worst] >= least), detail)

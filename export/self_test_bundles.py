@@ -29,10 +29,10 @@ from .models.encoder import EncoderConfig, VideoEncoder
 from .models.liteframe import Downsampling, LiteFrameConfig
 from .models.vit import ViTConfig
 
-SIZE, FRAMES = (56, 56), 16
+SIZE, FRAMES, WIDTH = (56, 56), 16, 64
 DECODER = {
     "model_type": "llama",
-    "hidden_size": 64,
+    "hidden_size": WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -51,7 +51,7 @@ TEMPLATE = (
 def write_artifact(folder: Path) -> None:
     vit = ViTConfig(image_size=SIZE, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
     backbone = LiteFrameConfig(vit=vit, downsampling=(Downsampling(1, (2, 2, 2)),), head_size=32)
-    encoder = EncoderConfig(backbone=backbone, output_size=int(DECODER["hidden_size"]))
+    encoder = EncoderConfig(backbone=backbone, output_size=WIDTH)
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for prefix, module in (("encoder", VideoEncoder(encoder)), ("decoder", Decoder(decoder_config(DECODER)))):
