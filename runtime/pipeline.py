@@ -302,16 +302,22 @@ class Pipeline:
         if self._errors:
             raise self._errors.popleft()
 
-    def traced(self, stage: str, name: str, items: Iterator[Item]) -> Iterator[Item]:
-        """The same items; the trace is told how long each took to come."""
+    def read(self, items: Iterator[Item], in_turn: bool) -> Iterator[Item]:
+        """The same items; the trace is told how long each took to come.
+
+        Args:
+            in_turn: reading is work, not waiting, and takes turns with the engines where they do.
+        """
+        turn: AbstractContextManager[Any] = self._turns if in_turn else nullcontext()
         while True:
-            start = time.perf_counter()
-            try:
-                item = next(items)
-            except StopIteration:
+            with turn:
+                start = time.perf_counter()
+                item = next(items, None)
+                end = time.perf_counter()
+            if item is None:
                 return
             if self._trace is not None:
-                self._trace.add(stage, name, start, time.perf_counter())
+                self._trace.add("video", "read", start, end)
             yield item
 
     def close(self) -> None:

@@ -122,7 +122,8 @@ class VideoSession:
             expected = wanted if video.frame_count is None else min(wanted, video.frame_count)
             self._pipeline.submit(lambda: self._pipeline.conversation.expect(-(-expected // clip)))
             try:
-                self._read(read_clips(video, wanted, self.model.clip_length, self.model.image_size), progress)
+                clips = read_clips(video, wanted, clip, self.model.image_size)
+                self._read(self._pipeline.read(clips, in_turn=video.frame_count is not None), progress)
             except BaseException:
                 self._pipeline.discard()
                 with suppress(InputError):  # closed
@@ -161,7 +162,7 @@ class VideoSession:
                 told += 1
                 progress(told * self.model.clip_length)
 
-        for clip in self._pipeline.traced("video", "read", clips):
+        for clip in clips:
             self._pipeline.put(Clip(clip.frames, given=0))
             tell()
         read = self._pipeline.submit(self._pipeline.conversation.settle)

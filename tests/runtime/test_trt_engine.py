@@ -243,6 +243,11 @@ def stand_in(package, cudart, version="10.3.0"):
     return trt
 
 
+def import_in_executor(patch, import_module):
+    """In this module only: threads of the test runner import, too."""
+    patch.setattr(trt_engine, "importlib", types.SimpleNamespace(import_module=import_module))
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_artifact, tmp_path_factory):
     return build(tiny_artifact, "jetson-orin", tmp_path_factory.mktemp("trt") / "bundle", frames=16)
@@ -280,7 +285,7 @@ def opened(bundle, monkeypatch):
     def open_package(dialect, profiling=False):
         package, cudart = package_of(bundle, dialect), Cudart()
         trt = stand_in(package, cudart)
-        monkeypatch.setattr(importlib, "import_module", lambda name: {"tensorrt": trt}[name])
+        import_in_executor(monkeypatch, lambda name: {"tensorrt": trt}[name])
         encoder, decoder = open_trt(package, profiling, Cuda(cudart))
         return encoder, decoder, cudart, trt
 
@@ -326,7 +331,7 @@ steps = st.one_of(
 def test_a_conversation_goes_as_on_onnx_runtime(bundle, dialect, done):
     package, cudart = package_of(bundle, dialect), Cudart()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib, "import_module", lambda name: stand_in(package, cudart))
+        import_in_executor(patch, lambda name: stand_in(package, cudart))
         _, decoder = open_trt(package, cuda=Cuda(cudart))
     expected = OrtDecoder(graph_of(bundle, "decoder", dialect), capacity=decoder.capacity, threads=1)
     for number, (what, amount) in enumerate(done):
@@ -602,7 +607,7 @@ def test_a_recording_that_fails_is_ended(opened):
 def test_a_gpu_without_memory_left_says_so(bundle, monkeypatch):
     package, cudart = package_of(bundle, "fused"), Cudart()
     trt = stand_in(package, cudart)
-    monkeypatch.setattr(importlib, "import_module", lambda name: trt)
+    import_in_executor(monkeypatch, lambda name: trt)
     trt.memory = False
     with pytest.raises(EngineError, match="no memory on the GPU left"):
         open_trt(package, cuda=Cuda(cudart))
@@ -625,7 +630,7 @@ def test_another_version_or_gpu_is_refused_before_anything_is_deserialised(
     package, cudart = package_of(bundle, "fused"), Cudart(capability)
     trt = stand_in(package, cudart, version)
     trt.Runtime = None
-    monkeypatch.setattr(importlib, "import_module", lambda name: trt)
+    import_in_executor(monkeypatch, lambda name: trt)
     with pytest.raises(InputError, match=message):
         open_trt(package, cuda=Cuda(cudart))
 
@@ -634,7 +639,7 @@ def test_an_engine_that_tensorrt_refuses_is_named(bundle, monkeypatch):
     package, cudart = package_of(bundle, "fused"), Cudart()
     trt = stand_in(package, cudart)
     trt.Runtime.deserialize_cuda_engine = lambda self, content: None
-    monkeypatch.setattr(importlib, "import_module", lambda name: trt)
+    import_in_executor(monkeypatch, lambda name: trt)
     with pytest.raises(InputError, match=r"encoder\.fused\.onnx: tensorrt 10\.3\.0 refuses to load it"):
         open_trt(package, cuda=Cuda(cudart))
 
@@ -685,7 +690,7 @@ def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
     monkeypatch.setattr(self_test.compile_tensorrt, "compile_graph", compile_graph)
     monkeypatch.setattr(self_test.proof, "check", lambda name, precision, proof: None)
     monkeypatch.setattr(self_test, "find_gpus", lambda: ([Gpu("Orin", "8.7", 1)], ""))
-    monkeypatch.setattr(importlib, "import_module", lambda name: trt)
+    import_in_executor(monkeypatch, lambda name: trt)
     monkeypatch.setattr(trt_engine, "Cuda", lambda: Cuda(cudart))
     results = {result.what: result for result in self_test.try_executor("TensorRT")}
     assert results.keys() == {
