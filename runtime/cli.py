@@ -70,6 +70,7 @@ def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+        interrupted.clear()
         try:
             print(end="", flush=True)
         except OSError:  # nor would the interpreter's own attempt, at exit, succeed
