@@ -13,7 +13,7 @@ import msgspec
 
 from . import compile_tensorrt, proof
 from .device import find_gpus
-from .package import Engine, InputError, Package, describe_file, open_package, write_manifest
+from .package import Engine, File, Graph, InputError, Package, describe_file, open_package, write_manifest
 from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
 
@@ -62,21 +62,8 @@ def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
             partial = folder / f".{name}.engine.{os.getpid()}"
             temporary.append((partial, final))
             partial.write_bytes(compiled.engine)
-            described = describe_file(folder, partial)
-            engines.append(
-                Engine(
-                    name=graph.name,
-                    dialect=dialect,
-                    files=[msgspec.structs.replace(described, path=final.name)],
-                    inputs=graph.inputs,
-                    outputs=graph.outputs,
-                    precision=msgspec.structs.replace(graph.precision, found=compiled.proof.found),
-                    compiler="tensorrt",
-                    compiler_version=compiled.version,
-                    capabilities=[gpus[0].capability],
-                    parity=None,
-                )
-            )
+            described = msgspec.structs.replace(describe_file(folder, partial), path=final.name)
+            engines.append(describe_engine(graph, described, "tensorrt", compiled, gpus[0].capability))
         for partial, final in temporary:
             partial.replace(final)
     finally:
@@ -84,6 +71,24 @@ def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
             partial.unlink(missing_ok=True)
     write_manifest(folder, msgspec.structs.replace(bundle.manifest, engines=engines))
     return open_package(folder)
+
+
+def describe_engine(
+    graph: Graph, file: File, flavour: compile_tensorrt.Flavour, compiled: compile_tensorrt.Compiled, capability: str
+) -> Engine:
+    """A manifest's entry for an engine that was compiled of a graph, on a device."""
+    return Engine(
+        name=graph.name,
+        dialect=graph.dialect,
+        files=[file],
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        precision=msgspec.structs.replace(graph.precision, found=compiled.proof.found),
+        compiler=flavour,
+        compiler_version=compiled.version,
+        capabilities=[capability],
+        parity=None,
+    )
 
 
 def main(arguments: list[str]) -> int:

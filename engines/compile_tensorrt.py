@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 from .package import InputError, TensorSpec
 from .proof import Proof, prove_network
+from .targets import TENSORRT_MODULES
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
-_MODULES: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 WORKSPACE_HELP = "memory that TensorRT may use for a layer beside its tensors, in MiB (default: all there is)"
 _TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "INT4": "int4", "FP8": "fp8"}
 
@@ -48,7 +48,7 @@ def mebibytes(text: str) -> int:
 
 def available(flavour: Flavour) -> bool:
     """Whether the compiler is installed. TensorRT proper also needs a GPU, which only building tells."""
-    return importlib.util.find_spec(_MODULES[flavour]) is not None
+    return importlib.util.find_spec(TENSORRT_MODULES[flavour]) is not None
 
 
 def load(flavour: Flavour) -> Any:
@@ -76,7 +76,7 @@ def load(flavour: Flavour) -> Any:
     if drives_rtx != (flavour == "tensorrt-rtx"):
         raise InputError(f"this process already uses the other TensorRT; compile with {flavour} in a new one")
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    return importlib.import_module(_MODULES[flavour])
+    return importlib.import_module(TENSORRT_MODULES[flavour])
 
 
 def compile_graph(

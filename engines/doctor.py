@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .device import find_gpus
-from .targets import TARGETS, Target
+from .targets import TARGETS, TENSORRT_MODULES, Target
 
 LIBRARIES = (
     "liteframe",
@@ -117,7 +117,7 @@ def _can_run(target: Target, capabilities: set[str]) -> str:
         if not capabilities & set(target.capabilities):
             return f"no: no GPU of compute capability {' or '.join(target.capabilities)}"
         compilers = [name for name in (target.compiler, target.ahead_of_time) if name is not None]
-        installed = [name for name in compilers if importlib.util.find_spec(name.replace("-", "_"))]
+        installed = [name for name in compilers if importlib.util.find_spec(TENSORRT_MODULES[name])]
         if not installed:
             return f"no: {' or '.join(compilers)} is not installed"
         return (

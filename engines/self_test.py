@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import compile_tensorrt, proof
+from .compile_bundle import describe_engine
 from .device import find_gpus
-from .package import Engine, Model, Package, describe_file, open_package
-from .targets import FUSED_SINCE, Dialect
+from .package import Model, Package, describe_file, open_package
+from .targets import TENSORRT_MODULES, Dialect, dialect_for_tensorrt
 
 if TYPE_CHECKING:
     from ..runtime.engine import Decoder, Encoder
@@ -102,7 +103,7 @@ def _missing(executor: str) -> str | None:
     gpus, why = find_gpus()
     if not gpus:
         return why
-    for module in (name.replace("-", "_"), "polygraphy", "cuda"):
+    for module in (TENSORRT_MODULES[_flavour(executor)], "polygraphy", "cuda"):
         if importlib.util.find_spec(module) is None:
             return f"{'cuda-python' if module == 'cuda' else module} is not installed"
     return None
@@ -129,6 +130,10 @@ def try_executor(executor: str) -> list[Result]:
     return results
 
 
+def _flavour(executor: str) -> compile_tensorrt.Flavour:
+    return "tensorrt" if EXECUTORS[executor] == "tensorrt" else "tensorrt-rtx"
+
+
 class _NotTaken(Exception):
     pass
 
@@ -143,9 +148,9 @@ def _run_on(executor: str, bundle: Package, dialect: Dialect) -> dict[str, NDArr
         return run(OrtEncoder(paths["encoder"], name), OrtDecoder(paths["decoder"], name, model.capacity), model)
     from ..runtime.trt_engine import open_trt
 
-    flavour: compile_tensorrt.Flavour = "tensorrt" if name == "tensorrt" else "tensorrt-rtx"
+    flavour = _flavour(executor)
     version = compile_tensorrt.load(flavour).__version__
-    if flavour == "tensorrt" and dialect == "fused" and tuple(map(int, version.split(".")[:2])) < FUSED_SINCE:
+    if flavour == "tensorrt" and (dialect, dialect_for_tensorrt(version)) == ("fused", "plain"):
         raise _NotTaken(f"TensorRT {version} does not take this dialect")
     gpus, _ = find_gpus()
     with tempfile.TemporaryDirectory() as folder:
@@ -156,20 +161,8 @@ def _run_on(executor: str, bundle: Package, dialect: Dialect) -> dict[str, NDArr
             proof.check(part, graph.precision, compiled.proof)
             file = Path(folder) / f"{part}.engine"
             file.write_bytes(compiled.engine)
-            engines.append(
-                Engine(
-                    name=graph.name,
-                    dialect=dialect,
-                    files=[describe_file(Path(folder), file)],
-                    inputs=graph.inputs,
-                    outputs=graph.outputs,
-                    precision=graph.precision,
-                    compiler=flavour,
-                    compiler_version=version,
-                    capabilities=[gpus[0].capability],
-                    parity=None,
-                )
-            )
+            described = describe_file(Path(folder), file)
+            engines.append(describe_engine(graph, described, flavour, compiled, gpus[0].capability))
         package = Package(Path(folder), msgspec.structs.replace(bundle.manifest, engines=engines))
         return run(*open_trt(package), model)
 

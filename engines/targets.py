@@ -12,6 +12,8 @@ Asked = Literal["fp32", "fp16", "int8", "int8-weights", "int4-weights"]
 PRECISIONS: tuple[Asked, ...] = ("fp32", "fp16", "int8")
 WEIGHTS_ONLY: tuple[Asked, ...] = ("int8-weights", "int4-weights")
 
+TENSORRT_MODULES: dict[Compiler, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
 # the first TensorRT whose parser takes TensorScatter and RMSNormalization: the `fused` dialect
 FUSED_SINCE = (10, 15)
 

@@ -75,11 +75,6 @@ class Cuda:
     def capture_mode(self) -> Any:
         return getattr(self._bindings, "cudaStreamCaptureMode", int)(_THREAD_LOCAL)
 
-    def used_memory(self) -> int:
-        """Bytes of the device that are in use, by whomever."""
-        free, total = self.call("cudaMemGetInfo")
-        return int(total) - int(free)
-
     def allocate(self, size: int) -> Memory:
         return Memory(self, size)
 

@@ -90,13 +90,11 @@ class Queue(Generic[Item]):
             self._changed.notify_all()
         return first  # type: ignore[return-value]
 
-    def discard(self) -> list[Item]:
+    def discard(self) -> None:
         """Takes out all items; requests stay."""
         with self._changed:
-            items = [item for item in self._waiting if not isinstance(item, Request)]
             self._waiting = deque(item for item in self._waiting if isinstance(item, Request))
             self._changed.notify_all()
-        return items
 
     def close(self) -> None:
         """Whoever waits is woken; what waits is dropped, and requests are refused."""
@@ -111,9 +109,6 @@ class Queue(Generic[Item]):
     @property
     def closed(self) -> bool:
         return self._closed
-
-    def __len__(self) -> int:
-        return self._items()
 
     def _items(self) -> int:
         return sum(not isinstance(item, Request) for item in self._waiting)
@@ -250,7 +245,7 @@ class Pipeline:
         self._errors: deque[Exception] = deque()
         self._threads = [
             threading.Thread(target=_repeat, args=(step,), name=f"liteframe {name}", daemon=True)
-            for name, step in (("encoder", self._encode), ("language model", self._read))
+            for name, step in (("encoder", self._encode), ("language model", self._converse))
         ]
         for thread in self._threads:
             thread.start()
@@ -377,7 +372,7 @@ class Pipeline:
             return self._encoder.encode_on_device(on_device)
         return np.concatenate([self._encode_clips([clip]) for clip in clips])
 
-    def _read(self) -> bool:
+    def _converse(self) -> bool:
         """What the language model has to do next. False when the pipeline is closed."""
         taken = self._tokens.take(1, wait=not self.conversation.has_chores)
         if isinstance(taken, Request):

@@ -74,7 +74,6 @@ class VideoSession:
         weakref.finalize(self, self._pipeline.close)
         self._frames: HostFrames | DeviceFrames = self._host_frames()
         self._filled = 0  # of the clip that is being pushed
-        self._pushed = 0
         self._last = -math.inf  # time of the last frame
         self._live = False
         self._pushing = threading.Lock()

@@ -24,10 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import Engine, InputError, Package, TensorSpec
+from ..engines.targets import TENSORRT_MODULES
 from .cuda import Cuda, DeviceFrames, Memory, Stream
 from .engine import EngineError, check_embeddings, check_frames
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
@@ -58,28 +57,25 @@ def plan(engine: Engine, capacity: int) -> dict[str, Tensor]:
     Raises:
         InputError: an input varies and has no profile.
     """
-    largest: dict[str, int] = {"capacity": capacity, "past": capacity, "total": capacity}
+    largest: dict[str, int] = {}
     for spec in engine.inputs:
         if spec.profile is None and any(isinstance(size, str) for size in spec.shape):
             raise InputError(f"{engine.files[0].path}: input {spec.name} varies and has no profile; build it again")
         for position, size in enumerate(spec.shape):
-            if isinstance(size, str) and spec.profile is not None and size not in largest:
+            if isinstance(size, str) and spec.profile is not None:
                 largest[size] = spec.profile.max[position]
     tensors = {}
     for spec in [*engine.inputs, *engine.outputs]:
         name = spec.name.removesuffix("_out") if spec in engine.outputs else spec.name
         cache = is_cache(spec)
-        shape = tuple(capacity if cache and axis == 2 else _size(size, largest) for axis, size in enumerate(spec.shape))
+        sizes = [capacity if cache and axis == 2 else size for axis, size in enumerate(spec.shape)]
+        shape = tuple(size if isinstance(size, int) else largest[size] for size in sizes)
         tensors[spec.name] = Tensor(spec.name, np.dtype(spec.dtype), shape, name if cache else spec.name)
     return tensors
 
 
 def is_cache(spec: TensorSpec) -> bool:
     return "_cache_" in spec.name
-
-
-def _size(size: int | str, largest: dict[str, int]) -> int:
-    return size if isinstance(size, int) else largest[size]
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def load(package: Package, engine: Engine, cuda: Cuda) -> Loaded:
             TensorRT refuses the engine; each with what mends it.
     """
     where = package.folder / engine.files[0].path
-    module = MODULES[engine.compiler]
+    module = TENSORRT_MODULES[engine.compiler]
     try:
         trt = importlib.import_module(module)
     except ModuleNotFoundError:
@@ -144,7 +140,13 @@ def open_trt(package: Package, profiling: bool = False, cuda: Cuda | None = None
         cuda: the device, unless it is the current one.
     """
     encoder, decoder = package.engine("encoder"), package.engine("decoder")
-    cuda = cuda or Cuda()
+    try:
+        cuda = cuda or Cuda()
+    except InputError as error:
+        raise InputError(
+            f"{package.folder}: holds TensorRT engines for {package.manifest.target}; {error}; for this machine's CPU, "
+            "build with --target cpu"
+        ) from None
     return (
         TrtEncoder(encoder, load(package, encoder, cuda), cuda, profiling),
         TrtDecoder(decoder, load(package, decoder, cuda), cuda, package.manifest.model.capacity, profiling),

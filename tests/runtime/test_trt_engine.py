@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from liteframe.engines import self_test
 from liteframe.engines.compile_tensorrt import Compiled
-from liteframe.engines.device import Gpu
+from liteframe.engines.device import Gpu, find_gpus
 from liteframe.engines.package import Engine, InputError, Package, open_package
 from liteframe.export.build_engine import build
 from liteframe.runtime import EngineError, VideoSession, trt_engine
@@ -658,10 +658,9 @@ def test_a_machine_without_a_gpu_says_so_in_one_sentence(bundle):
         expected = r"need cuda-python; run: pip install 'liteframe\[tensorrt\]'"
     else:
         expected = "no NVIDIA GPU can be used here"
-    try:
-        Cuda()
-    except InputError as error:
-        assert pytest.raises(InputError, match=expected) and expected.replace("\\", "") in str(error)
+    if not find_gpus()[0]:
+        with pytest.raises(InputError, match=expected):
+            Cuda()
 
 
 # -- the self-test -----------------------------------------------------------------------------------------------------
@@ -676,7 +675,7 @@ def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
     def compile_graph(path, inputs, flavour, capabilities):
         assert (flavour, capabilities) == ("tensorrt", ["8.7"])
         graphs[str(path).encode()] = path
-        return Compiled(engine=str(path).encode(), proof=None, version=version)
+        return Compiled(engine=str(path).encode(), proof=types.SimpleNamespace(found={}), version=version)
 
     def deserialize(self, content):
         bundle = open_package(graphs[content].parents[1])
