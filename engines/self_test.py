@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -76,11 +77,11 @@ def run(encoder: Encoder, decoder: Decoder, model: Model) -> dict[str, NDArray[n
     return made
 
 
-def self_test() -> list[Result]:
-    """Tries every executor."""
+def self_test(executors: Iterable[str] = EXECUTORS) -> list[Result]:
+    """Tries executors, of those in EXECUTORS."""
     results = []
-    for executor in EXECUTORS:
-        if (why := _missing(executor)) is not None:
+    for executor in executors:
+        if (why := missing(executor)) is not None:
             results.append(Result(executor, "", None, why))
             continue
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -91,7 +92,7 @@ def self_test() -> list[Result]:
     return results
 
 
-def _missing(executor: str) -> str | None:
+def missing(executor: str) -> str | None:
     """Why an executor can't be tried here."""
     name = EXECUTORS[executor]
     if name.endswith("Provider"):
@@ -121,7 +122,7 @@ def try_executor(executor: str) -> list[Result]:
             what = f"{precision}, {dialect}"
             try:
                 made = _run_on(executor, bundle, dialect)
-            except _NotTaken as why:
+            except NotTaken as why:
                 results.append(Result(executor, what, None, str(why)))
             except Exception as error:  # whatever goes wrong on a device is the verdict
                 results.append(Result(executor, what, False, f"{type(error).__name__}: {error}"))
@@ -134,37 +135,47 @@ def _flavour(executor: str) -> compile_tensorrt.Flavour:
     return "tensorrt" if EXECUTORS[executor] == "tensorrt" else "tensorrt-rtx"
 
 
-class _NotTaken(Exception):
-    pass
+class NotTaken(Exception):
+    """A TensorRT that is too old for a dialect."""
 
 
 def _run_on(executor: str, bundle: Package, dialect: Dialect) -> dict[str, NDArray[np.float32]]:
     name, model = EXECUTORS[executor], bundle.manifest.model
-    graphs = {part: bundle.graph(part, dialect) for part in ("encoder", "decoder")}
     if name.endswith("Provider"):
         from ..runtime.ort_engine import OrtDecoder, OrtEncoder
 
-        paths = {part: bundle.path(graph.files[0]) for part, graph in graphs.items()}
-        return run(OrtEncoder(paths["encoder"], name), OrtDecoder(paths["decoder"], name, model.capacity), model)
+        encoder, decoder = (bundle.path(bundle.graph(part, dialect).files[0]) for part in ("encoder", "decoder"))
+        return run(OrtEncoder(encoder, name), OrtDecoder(decoder, name, model.capacity), model)
     from ..runtime.trt_engine import open_trt
 
-    flavour = _flavour(executor)
+    with tempfile.TemporaryDirectory() as folder:
+        return run(*open_trt(compile_here(bundle, dialect, _flavour(executor), Path(folder))), model)
+
+
+def compile_here(bundle: Package, dialect: Dialect, flavour: compile_tensorrt.Flavour, folder: Path) -> Package:
+    """A package of engines that are compiled of a bundle's graphs for the first GPU here, and proved.
+
+    Args:
+        folder: where the engines go.
+
+    Raises:
+        NotTaken: TensorRT is too old for the dialect.
+        InputError: TensorRT refuses a graph.
+    """
     version = compile_tensorrt.load(flavour).__version__
     if flavour == "tensorrt" and (dialect, dialect_for_tensorrt(version)) == ("fused", "plain"):
-        raise _NotTaken(f"TensorRT {version} does not take this dialect")
+        raise NotTaken(f"TensorRT {version} does not take this dialect")
     gpus, _ = find_gpus()
-    with tempfile.TemporaryDirectory() as folder:
-        engines = []
-        for part, graph in graphs.items():
-            path = bundle.path(graph.files[0])
-            compiled = compile_tensorrt.compile_graph(path, graph.inputs, flavour, [gpus[0].capability])
-            proof.check(part, graph.precision, compiled.proof)
-            file = Path(folder) / f"{part}.engine"
-            file.write_bytes(compiled.engine)
-            described = describe_file(Path(folder), file)
-            engines.append(describe_engine(graph, described, flavour, compiled, gpus[0].capability))
-        package = Package(Path(folder), msgspec.structs.replace(bundle.manifest, engines=engines))
-        return run(*open_trt(package), model)
+    engines = []
+    for part in ("encoder", "decoder"):
+        graph = bundle.graph(part, dialect)
+        path = bundle.path(graph.files[0])
+        compiled = compile_tensorrt.compile_graph(path, graph.inputs, flavour, [gpus[0].capability])
+        proof.check(part, graph.precision, compiled.proof)
+        file = folder / f"{part}.engine"
+        file.write_bytes(compiled.engine)
+        engines.append(describe_engine(graph, describe_file(folder, file), flavour, compiled, gpus[0].capability))
+    return Package(folder, msgspec.structs.replace(bundle.manifest, engines=engines))
 
 
 def compare(

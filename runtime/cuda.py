@@ -1,4 +1,4 @@
-"""CUDA, as far as TensorRT's executor needs it: memory, streams and graphs, by cuda-python's runtime bindings.
+"""CUDA, as far as TensorRT's executor and `profile` need it: memory, streams and graphs, by cuda-python's bindings.
 
 Every call's error becomes an exception, and what is allocated is freed with the object that stands for it. Nothing else
 here decides anything, so that with other bindings that keep their memory on the host all of the executor can be tested.
@@ -41,7 +41,7 @@ class Cuda:
             try:
                 bindings = importlib.import_module("cuda.bindings.runtime")
             except ModuleNotFoundError:
-                raise InputError("TensorRT engines need cuda-python; run: pip install 'liteframe[tensorrt]'") from None
+                raise InputError("cuda-python is not installed; run: pip install cuda-bindings") from None
         self._bindings = bindings
         try:
             count = self.call("cudaGetDeviceCount")
@@ -74,6 +74,11 @@ class Cuda:
 
     def capture_mode(self) -> Any:
         return getattr(self._bindings, "cudaStreamCaptureMode", int)(_THREAD_LOCAL)
+
+    def used_memory(self) -> int:
+        """Bytes of the device that are in use, by whomever."""
+        free, total = self.call("cudaMemGetInfo")
+        return int(total) - int(free)
 
     def allocate(self, size: int) -> Memory:
         return Memory(self, size)

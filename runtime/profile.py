@@ -27,6 +27,7 @@ from rich.table import Table
 
 from ..engines.package import InputError, Package, open_package
 from .conversation import Cache
+from .cuda import Cuda
 from .engine import Decoder, open_engines
 from .layer_times import by_kind, by_module
 from .profile_report import write_report
@@ -57,7 +58,8 @@ def measure(session: VideoSession, frames: list[int], iterations: int, warmup: i
     Returns rows of `frames`; `tokens` of the prompt; `vision_ms`, `llm_ms` and `total_ms` after the paper's protocol;
     `first_token_serial_ms`, from the last frame to the first token where all work begins then;
     `first_token_streamed_ms`, where the frames before the last were read as they came; `peak_memory_mb` of the process
-    while the row was measured; `paper_ms`, the paper's total where it has one.
+    while the row was measured; `device_memory_mb`, what was in use on the GPU at its end, by whomever, or None on a CPU
+    (engines keep what they have taken, so it is their peak); `paper_ms`, the paper's total where it has one.
 
     Raises:
         InputError: a number of frames that the package can't take.
@@ -65,6 +67,7 @@ def measure(session: VideoSession, frames: list[int], iterations: int, warmup: i
     for count in frames:
         session.check_frames(count)
     serial = _Serial(session)
+    gpu = None if session.package.manifest.target == "cpu" else Cuda()
     console, rows = Console(stderr=True), []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for count in frames:
@@ -84,8 +87,10 @@ def measure(session: VideoSession, frames: list[int], iterations: int, warmup: i
                 "first_token_serial_ms": statistics.median(map(sum, times)),
                 "first_token_streamed_ms": statistics.median(streamed),
                 "peak_memory_mb": _peak_memory() / 2**20,
+                "device_memory_mb": None if gpu is None else gpu.used_memory() / 2**20,
+                "paper_ms": PAPER.get(count),
             }
-            rows.append({name: round(value, 1) for name, value in row.items()} | {"paper_ms": PAPER.get(count)})
+            rows.append({name: None if value is None else round(value, 1) for name, value in row.items()})
     session.reset()
     return rows
 
@@ -201,16 +206,23 @@ COLUMNS = {
     "first_token_serial_ms": "first token ms",
     "first_token_streamed_ms": "streamed",
     "peak_memory_mb": "peak MB",
+    "device_memory_mb": "GPU MB",
     "paper_ms": "paper ms",
 }
 
 
+def columns_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Those of COLUMNS in which a row has something."""
+    return {name: title for name, title in COLUMNS.items() if any(row[name] is not None for row in rows)}
+
+
 def print_table(rows: list[dict[str, Any]], iterations: int, warmup: int) -> None:
-    table = Table(*COLUMNS.values(), box=None, pad_edge=False)
+    columns = columns_of(rows)
+    table = Table(*columns.values(), box=None, pad_edge=False)
     for column in table.columns:
         column.justify = "right"
     for row in rows:
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in COLUMNS))
+        table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(
         f"medians of {iterations} after {warmup}, batch 1\n"
@@ -260,7 +272,7 @@ def main(arguments: list[str]) -> int:
     layers = layer_times(package)
     print_layers(layers)
     if options.report is not None:
-        write_report(options.report, package, rows, COLUMNS, {LAYER_TITLES[n]: t for n, t in layers.items()})
+        write_report(options.report, package, rows, columns_of(rows), {LAYER_TITLES[n]: t for n, t in layers.items()})
     print(f"commands for polygraphy and trtexec: {package.folder / 'polygraphy' / 'commands.txt'}")
     if options.json:
         document = {"package": str(options.package), "iterations": options.iterations, "warmup": options.warmup}

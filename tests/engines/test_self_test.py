@@ -75,7 +75,7 @@ def test_an_executor_that_raises_or_crashes_fails(monkeypatch):
             return future
 
     monkeypatch.setattr(self_test, "ProcessPoolExecutor", Crashing)
-    monkeypatch.setattr(self_test, "_missing", lambda executor: None if executor == "TensorRT" else "not here")
+    monkeypatch.setattr(self_test, "missing", lambda executor: None if executor == "TensorRT" else "not here")
     results = self_test.self_test()
     assert [result for result in results if result.passed is not None] == [
         Result("TensorRT", "", False, "the process crashed; see its messages above")

@@ -278,6 +278,6 @@ def test_a_bundle_names_the_command_that_finishes_it(tiny_package):
 
 @pytest.mark.skipif(bool(find_gpus()[0]), reason="there is a GPU")
 def test_tensorrt_engines_need_a_gpu(tiny_package):
-    why = "no NVIDIA GPU can be used here: |TensorRT engines need cuda-python"
+    why = "no NVIDIA GPU can be used here: |cuda-python is not installed"
     with pytest.raises(InputError, match=f"TensorRT engines for a100; ({why}).*; for this machine's CPU, build with"):
         VideoSession(edited(tiny_package, target="a100"))

@@ -23,7 +23,7 @@ from liteframe.engines.compile_tensorrt import Compiled
 from liteframe.engines.device import Gpu, find_gpus
 from liteframe.engines.package import Engine, InputError, Package, open_package
 from liteframe.export.build_engine import build
-from liteframe.runtime import EngineError, VideoSession, trt_engine
+from liteframe.runtime import EngineError, VideoSession, profile, trt_engine
 from liteframe.runtime import session as session_module
 from liteframe.runtime.cuda import Cuda
 from liteframe.runtime.ort_engine import OrtDecoder, OrtEncoder
@@ -548,6 +548,15 @@ def test_an_input_that_varies_without_a_profile_is_refused(bundle):
         plan(msgspec.structs.replace(engine, inputs=specs), 0)
 
 
+def test_profile_tells_what_the_device_holds(on_gpu, monkeypatch):
+    session, cudart = on_gpu
+    monkeypatch.setattr(profile, "Cuda", lambda: Cuda(cudart))
+    (row,) = profile.measure(session, [4], iterations=1, warmup=0)
+    held = sum(len(block) for block in cudart.blocks.values()) / 2**20
+    assert row["device_memory_mb"] >= held > 0.5  # a second cache, to run after the protocol, has gone again
+    assert profile.columns_of([row])["device_memory_mb"] == "GPU MB" and "paper_ms" not in profile.columns_of([row])
+
+
 # -- what is refused, and what fails ---------------------------------------------------------------------------------
 
 
@@ -655,7 +664,7 @@ def test_a_machine_without_a_gpu_says_so_in_one_sentence(bundle):
     with pytest.raises(InputError, match="the driver finds none"):
         Cuda(Cudart(devices=0))
     if importlib.util.find_spec("cuda") is None:
-        expected = r"need cuda-python; run: pip install 'liteframe\[tensorrt\]'"
+        expected = "cuda-python is not installed; run: pip install cuda-bindings"
     else:
         expected = "no NVIDIA GPU can be used here"
     if not find_gpus()[0]:
