@@ -23,8 +23,8 @@ from liteframe.export.layouts import decoder_config
 from liteframe.export.models.decoder import Decoder
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.liteframe import LiteFrameConfig
+from liteframe.export.self_test_bundles import write_tokenizer
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 QWEN = {  # config.json of Qwen/Qwen2.5-0.5B-Instruct
     "model_type": "qwen2",
@@ -39,10 +39,6 @@ QWEN = {  # config.json of Qwen/Qwen2.5-0.5B-Instruct
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def write_artifact(folder: Path) -> int:
@@ -64,13 +60,7 @@ def write_artifact(folder: Path) -> int:
             values = torch.randn(parameter.shape, generator=generator) * scale
             tensors[f"{prefix}.{name}"] = (values + (name.endswith("norm.weight"))).bfloat16()
     save_file(tensors, folder / "model.safetensors")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    write_tokenizer(folder)
     return sum(tensor.numel() for tensor in tensors.values())
 
 

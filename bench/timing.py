@@ -1,4 +1,5 @@
-"""Peers timed in turns: every round runs each of them once, so that a noisy machine is equally noisy to all."""
+"""Peers timed in turns: every round runs each of them once, every other round backwards, so that a noisy machine, and
+what the one before leaves behind, is the same to all."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ def in_turns(peers: dict[str, Callable[[], object]], rounds: int, warmup: int = 
     """Seconds of each round of each peer, after `warmup` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(warmup + rounds):
-        for name, run in peers.items():
+        for name, run in list(peers.items())[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
             run()
             if turn >= warmup:

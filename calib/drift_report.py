@@ -13,20 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import cv2
 import jinja2
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..runtime.plot import ACCENT, GRID, Picture
 from .bisect import Bisection
 from .layers import BROKEN_COSINE, BROKEN_SNR_DB, LayerDrift, first_broken
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1100, 360, 60, 20, 30, 50  # of a curve and its margins, pixels
-INK, FAINT, GRID, ACCENT = "#1e293b", "#64748b", "#e2e8f0", "#c2410c"
 LINE = 16  # height of one of text
-PNG_SCALE = 2
 SHOWN = 10  # modules in the terminal
 
 
@@ -68,13 +65,12 @@ def write_report(
         bisections: name -> what to keep in higher precision, where that was looked for.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    curves = {name: _lay_out(rows) for name, rows in graphs.items()}
-    for name, curve in curves.items():
-        _, png = cv2.imencode(".png", _draw(curve, name))
-        (folder / f"drift-{name}.png").write_bytes(png.tobytes())
+    pictures = {name: _draw(_lay_out(rows), name, rows) for name, rows in graphs.items()}
+    for name, picture in pictures.items():
+        (folder / f"drift-{name}.png").write_bytes(picture.png())
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    content = page.render(globals(), title=title, graphs=graphs, curves=curves, bisections=bisections)
+    content = page.render(globals(), title=title, graphs=graphs, pictures=pictures, bisections=bisections)
     (folder / "drift.html").write_text(content, encoding="utf-8")
 
 
@@ -167,39 +163,21 @@ def _lay_out(rows: Sequence[LayerDrift]) -> Curve:
     )
 
 
-def _draw(curve: Curve, name: str) -> np.ndarray:
-    """The picture uint8 (H, W, 3), BGR."""
-    image = np.full((HEIGHT * PNG_SCALE, WIDTH * PNG_SCALE, 3), 255, np.uint8)
-
-    def colour(code: str) -> tuple[int, ...]:
-        return tuple(bytes.fromhex(code[1:])[::-1])
-
-    def pixels(*points: tuple[float, float]) -> np.ndarray:
-        return np.rint(np.array(points) * PNG_SCALE * 16).astype(np.int32)  # in sixteenths: cv2's fixed point
-
-    def line(code: str, width: float, *points: tuple[float, float]) -> None:
-        cv2.polylines(image, [pixels(*points)], False, colour(code), round(width * PNG_SCALE), cv2.LINE_AA, shift=4)
-
-    def text(words: str, x: float, y: float, code: str, anchor: float = 0.0) -> None:
-        words = words.replace("∞", "inf").encode("ascii", "replace").decode()
-        font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.4 * PNG_SCALE
-        (wide, _), _ = cv2.getTextSize(words, font, size, 1)
-        at = round(x * PNG_SCALE - anchor * wide), round(y * PNG_SCALE)
-        cv2.putText(image, words, at, font, size, colour(code), 1, cv2.LINE_AA)
-
+def _draw(curve: Curve, name: str, rows: Sequence[LayerDrift]) -> Picture:
+    picture = Picture(WIDTH, HEIGHT, f"SNR of the {name} over network order")
     for y, label in curve.y_ticks:
-        line(GRID, 1, (LEFT, y), (WIDTH - RIGHT, y))
-        text(label, LEFT - 8, y + 4, FAINT, 1)
+        picture.line([(LEFT, y), (WIDTH - RIGHT, y)], GRID, 1)
+        picture.text(label, LEFT - 8, y + 4, anchor="end")
     for x, label in curve.x_ticks:
-        text(label, x, HEIGHT - BOTTOM + 18, FAINT, 0.5)
-    text(f"SNR of the {name}, dB", LEFT, TOP - 12, FAINT)
-    text("values in network order", WIDTH - RIGHT, HEIGHT - 10, FAINT, 1)
-    for x in range(LEFT, WIDTH - RIGHT, 10):
-        line(ACCENT, 0.5, (x, curve.limit), (x + 4, curve.limit))
-    line(INK, 1.5, *curve.points)
+        picture.text(label, x, HEIGHT - BOTTOM + 18, anchor="middle")
+    picture.text(f"SNR of the {name}, dB", LEFT, TOP - 12)
+    picture.text("values in network order", WIDTH - RIGHT, HEIGHT - 10, anchor="end")
+    picture.line([(LEFT, curve.limit), (WIDTH - RIGHT, curve.limit)], ACCENT, 0.5)
+    picture.line(curve.points)
+    for number, (row, (x, y)) in enumerate(zip(rows, curve.points, strict=True), start=1):
+        picture.hint(x, y, f"{number} {row.value}, {decibels(row.snr_db)} dB")
     for mark in curve.marks:
-        (centre,) = pixels((mark.x, mark.y)).tolist()
-        cv2.circle(image, centre, 4 * PNG_SCALE * 16, colour(ACCENT), cv2.FILLED, cv2.LINE_AA, shift=4)
+        picture.dot(mark.x, mark.y, ACCENT)
         beside = -10 if mark.leftwards else 10
-        text(mark.label, mark.x + beside, mark.label_y + 4, ACCENT, float(mark.leftwards))
-    return image
+        picture.text(mark.label, mark.x + beside, mark.label_y + 4, ACCENT, "end" if mark.leftwards else "start")
+    return picture

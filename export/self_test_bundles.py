@@ -62,6 +62,11 @@ def write_artifact(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     config = {"model_type": "liteframe", "version": 1, "encoder": msgspec.to_builtins(encoder), "decoder": DECODER}
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a byte, and a chat template, as an artifact has them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

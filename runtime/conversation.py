@@ -185,8 +185,12 @@ class Cache:
             raise
         return logits
 
-    def check(self, question: str) -> None:
-        """Raises InputError when a question with a token of an answer does not fit behind what it holds."""
+    def check(self, question: str) -> tuple[list[int], list[int]]:
+        """Ids of the question's turn, before its clips and behind them.
+
+        Raises:
+            InputError: the question with a token of an answer does not fit behind what the cache holds.
+        """
         lead, after = self._text.turn(question, self._place.turns == 0, self._place.lead is not None)
         needed = self.position + len(self._place.pending) + len(after) + 1
         if self._place.lead is not None:
@@ -196,6 +200,7 @@ class Cache:
                 f"video, earlier turns and question take {needed} positions, the KV cache holds {self.capacity}; "
                 "forget() the earlier turns, use fewer frames or a shorter question, or build with more --frames"
             )
+        return lead, after
 
     def ask(self, question: str, max_new_tokens: int, sampler: Sampler) -> Generator[int]:
         """The answer's ids as they are generated; then, or when given up, the turn is one of the entries.
@@ -204,8 +209,7 @@ class Cache:
             InputError: see `check`.
         """
         self.fill()
-        self.check(question)
-        lead, after = self._text.turn(question, self._place.turns == 0, self._place.lead is not None)
+        lead, after = self.check(question)
         if self._place.lead is not None and self._place.lead != tuple(lead):  # a template that tells the time
             self._begin_turn_with(lead)
         place = self._place

@@ -31,7 +31,8 @@ from .trace import Trace
 
 Backpressure = Literal["block", "drop-oldest", "latest-only"]
 TOKENS_WAITING = 16  # clips between encoder and language model, which may be busy with an answer
-MOST_LAG = 1  # entries of the second cache, beyond which it no longer waits for a pause
+MOST_LAG = 1  # entries of the second cache, beyond which it no longer waits for a pause,
+CATCH_UP = 2  # but is given so many for each clip and request, unless someone waits
 CLOSED = "the session is closed; open a new one"
 GONE_ON = (
     "this answer ended when the session was given another video or question; read it to its end first, or ask again"
@@ -109,6 +110,11 @@ class Queue(Generic[Item]):
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def has_requests(self) -> bool:
+        with self._changed:
+            return any(isinstance(item, Request) for item in self._waiting)
 
     def _items(self) -> int:
         return sum(not isinstance(item, Request) for item in self._waiting)
@@ -387,10 +393,12 @@ class Pipeline:
                     self.conversation.add(tokens)
             except Exception as error:
                 self._report("the decoder", "a clip", error)
-            while self.conversation.lag > MOST_LAG:
-                self._do_chore()
         elif not self._tokens.closed:
             self._do_chore()
+        if taken is not None:
+            for _ in range(CATCH_UP):
+                if self.conversation.lag > MOST_LAG and not self._tokens.has_requests:
+                    self._do_chore()
         return not self._tokens.closed
 
     def _do_chore(self) -> None:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-INK, FAINT, GRID = "#1e293b", "#64748b", "#e2e8f0"
+INK, FAINT, GRID, ACCENT = "#1e293b", "#64748b", "#e2e8f0", "#c2410c"
 COLOURS = ("#0369a1", "#c2410c", "#4d7c0f", "#7e22ce", "#be185d", "#0f766e", "#a16207", "#475569")
 SCALE = 2  # pixels of a PNG for one of the picture's
 
@@ -46,10 +46,21 @@ class Picture:
         corners = [(round(a * SCALE), round(b * SCALE)) for a, b in ((x, y), (x + width, y + height))]
         cv2.rectangle(self._image, corners[0], corners[1], _bgr(colour), cv2.FILLED)
 
+    def dot(self, x: float, y: float, colour: str) -> None:
+        self._svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        centre = round(x * SCALE * 16), round(y * SCALE * 16)
+        cv2.circle(self._image, centre, 4 * SCALE * 16, _bgr(colour), cv2.FILLED, cv2.LINE_AA, shift=4)
+
+    def hint(self, x: float, y: float, words: str) -> None:
+        """Shows where a pointer rests, in SVG."""
+        self._svg.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="transparent"><title>{escape(words)}</title></circle>'
+        )
+
     def text(self, words: str, x: float, y: float, colour: str = FAINT, anchor: Anchor = "start") -> None:
         self._svg.append(f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>')
         font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.4 * SCALE  # whose letters are ASCII's
-        words = words.encode("ascii", "replace").decode()
+        words = words.replace("∞", "inf").encode("ascii", "replace").decode()
         (wide, _), _ = cv2.getTextSize(words, font, size, 1)
         left = round(x * SCALE - {"start": 0, "middle": 0.5, "end": 1}[anchor] * wide)
         cv2.putText(self._image, words, (left, round(y * SCALE)), font, size, _bgr(colour), 1, cv2.LINE_AA)

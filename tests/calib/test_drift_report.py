@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from liteframe.calib.bisect import Bisection, KeptModule
-from liteframe.calib.drift_report import HEIGHT, PNG_SCALE, SHOWN, WIDTH, _lay_out, print_report, write_report
+from liteframe.calib.drift_report import HEIGHT, SHOWN, WIDTH, _lay_out, print_report, write_report
 from liteframe.calib.layers import LayerDrift
+from liteframe.runtime.plot import INK, SCALE
 from rich.console import Console
 
 NASTY = "<script>alert(1)</script>&\"'[bold]é"
@@ -60,7 +61,7 @@ def written(folder, graphs, title="Drift of b from a"):
 
 
 def points(page, graph=0):
-    polylines = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
+    polylines = [a["points"] for tag, a in page.tags if tag == "polyline" and a["stroke"] == INK]
     return np.array([[float(v) for v in point.split(",")] for point in polylines[graph].split()])
 
 
@@ -124,11 +125,11 @@ def test_the_picture_shows_the_same_curve_and_marks(tmp_path):
     image = cv2.imread(str(tmp_path / "drift-encoder.png"))
     assert (image[0] == 255).all() and (image[:, 0] == 255).all()  # a light background, nothing at the edge
     for x, y in curve[5:-1]:
-        column, line = round(x * PNG_SCALE), round(y * PNG_SCALE)
+        column, line = round(x * SCALE), round(y * SCALE)
         assert image[line - 2 : line + 3, column - 2 : column + 3].min() < 100
     broken = [r.cosine < 0.99 or r.snr_db < 20 for r in rows].index(True)
     for x, y in (curve[broken], curve[-1]):
-        assert tuple(image[round(y * PNG_SCALE), round(x * PNG_SCALE)].tolist()) == ACCENT
+        assert tuple(image[round(y * SCALE), round(x * SCALE)].tolist()) == ACCENT
 
 
 def test_graphs_that_do_not_differ_have_no_marks(tmp_path):
