@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from liteframe.engines import self_test
+from liteframe.engines.targets import TENSORRT_MODULES
 from liteframe.export.build_engine import build
 from liteframe.runtime import InputError, VideoSession, profile
 from liteframe.runtime import session as session_module
@@ -33,7 +34,7 @@ def engines(request, tiny_artifact, tmp_path_factory):
             pytest.skip("needs onnxruntime-gpu")
         package = build(tiny_artifact, "cuda", folder / "cuda", frames=16)
         return package, lambda: open_engines(package)
-    module = executor.lower().replace("-", "_")
+    module = TENSORRT_MODULES[executor.lower()]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"needs {module}")
     bundle = build(tiny_artifact, "jetson-orin", folder / "bundle", frames=16)
