@@ -149,7 +149,7 @@ class NoEncoder:
 
 class NoDecoder:
     def __init__(self, model: object):
-        self.capacity = self.reserved = model.capacity
+        self.capacity = model.capacity
         self.position = 0
         self._logits = np.eye(1, model.vocabulary, 7, dtype=np.float32)[0]
 

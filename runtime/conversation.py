@@ -26,8 +26,7 @@ from .text import ChatText, Sampler
 # of the cache's positions: what turns may bring along when the clips they were about leave the window, and what is left
 # free of clips, for the question and its answer (of the latter RESERVE at most)
 OLD_TURNS, FREE, RESERVE = 1 / 4, 1 / 4, 512
-UNIT_TEXT = 8  # positions of prompt text around one unit, more or less
-AHEAD = 512  # positions that a stream's caches have room for before they are needed, for growing takes time
+UNIT_TEXT, TURN = 8, 512  # positions of prompt text around one unit, and of a question with its answer, more or less
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,9 @@ class Cache:
         """Positions that a clip takes behind what is laid out."""
         return sum(map(len, self._lay(clip, self._place)[0]))
 
-    @property
-    def short_of_room(self) -> bool:
-        return self._decoder.reserved < min(self.position + AHEAD, self.capacity)
-
-    def reserve(self, positions: int) -> None:
-        """Makes room behind what is laid out."""
-        self._decoder.reserve(self.position + positions)
+    def reserve(self, positions: int | None = None) -> None:
+        """Makes room behind what is laid out, by default for all that the cache may ever hold."""
+        self._decoder.reserve(self.capacity if positions is None else self.position + positions)
 
     def step(self) -> None:
         """Prefills the next entry on its own."""
@@ -274,7 +269,7 @@ class Cache:
 class Conversation:
     """
     Args:
-        decoder: its own cache is the first; the second is made when a stream's window is half full for the first time.
+        decoder: its own cache is the first; the second is made when a stream begins.
 
     Attributes:
         live: what is watched is a stream without an end, whose window moves.
@@ -286,7 +281,6 @@ class Conversation:
         self._cache = Cache(decoder, text, model, [])
         self._other: Cache | None = None
         self._has_second = False  # the other cache is the second one, not a spare
-        self._ahead = True  # caches grow before they must
         self._arrived: list[Clip] = []  # of a stream, and not among the entries yet
         self._window = model.max_frames // model.clip_length
         self._room = self._cache.capacity - min(RESERVE, int(self._cache.capacity * FREE))
@@ -318,15 +312,6 @@ class Conversation:
         return self._second.waiting if self.live and self._second is not None else 0
 
     @property
-    def has_chores(self) -> bool:
-        """Whether something can be done for a stream while nothing else is to do."""
-        return bool(self.lag) or (self.live and self._ahead and any(cache.short_of_room for cache in self._in_use))
-
-    @property
-    def _in_use(self) -> list[Cache]:
-        return [self._cache] if self._second is None else [self._cache, self._second]
-
-    @property
     def _second(self) -> Cache | None:
         return self._other if self._has_second else None
 
@@ -346,27 +331,31 @@ class Conversation:
         while self._arrived:
             self._make_room(self._arrived[0])
             clip = self._arrived.pop(0)
-            for cache in self._in_use:
-                cache.entries.append(clip)
+            self._cache.entries.append(clip)
+            if self._second is not None:
+                self._second.entries.append(clip)
             self._cache.step()
         self._cache.fill()
 
     def expect(self, clips: int) -> None:
         """Makes room for so many clips, of a video that is about to be watched."""
-        self._cache.reserve(clips * (self._model.tokens_per_clip + self._model.units_per_clip * UNIT_TEXT) + AHEAD)
+        self._cache.reserve(clips * (self._model.tokens_per_clip + self._model.units_per_clip * UNIT_TEXT) + TURN)
 
-    def do_chore(self) -> None:
-        """Prefills what the second cache has waited for longest, or lets caches grow before they must."""
-        if self.lag:
-            assert self._second is not None
-            self._second.step()
-        for cache in self._in_use:
-            if self._ahead and cache.short_of_room:
-                cache.reserve(2 * AHEAD)
+    def begin_stream(self) -> None:
+        """What is added from here on is a stream's. Both caches take all their memory now: growing takes time, and what
+        a stream needs should be known when it begins. If there is not enough, they grow when they must."""
+        self.live = True
+        self._cache.reserve()
+        self._spare().reserve()
 
-    def give_up_chores(self) -> None:
-        """After one has failed: the second cache is made anew when the window moves, and caches grow when they must."""
-        self._has_second = self._ahead = False
+    def catch_up(self) -> None:
+        """Prefills what the second cache has waited for longest."""
+        assert self._second is not None
+        self._second.step()
+
+    def give_up_second(self) -> None:
+        """The second cache is made anew when the window moves."""
+        self._has_second = False
 
     def check(self, question: str) -> None:
         """Raises InputError when a question can't be asked, or can't fit. In a stream room can be made."""
@@ -403,7 +392,7 @@ class Conversation:
         """Begins anew with other entries, which are prefilled when something is added or asked."""
         self._cache.refill(entries)
         self._arrived = []
-        self._has_second, self._ahead = False, True
+        self._has_second = False
 
     def forget(self) -> None:
         """Forgets the turns; the clips stay."""
@@ -444,11 +433,14 @@ class Conversation:
                 clips -= 1
                 kept.append(entry)
         kept.reverse()
-        if self._other is None:
-            self._other = Cache(self._decoder.twin(), self._text, self._model, kept)
-        else:
-            self._other.refill(kept)
+        self._spare().refill(kept)
         self._has_second = True
+
+    def _spare(self) -> Cache:
+        """The other cache."""
+        if self._other is None:
+            self._other = Cache(self._decoder.twin(), self._text, self._model, [])
+        return self._other
 
     def _sized(self) -> list[tuple[Entry, int]]:
         return list(zip(self._cache.entries, self._cache.lengths(), strict=True))

@@ -53,11 +53,6 @@ class Decoder(Protocol):
     position: int
     capacity: int
 
-    @property
-    def reserved(self) -> int:
-        """How many positions there is room for before the cache has to grow."""
-        ...
-
     def reserve(self, positions: int) -> None:
         """Makes the cache large enough for so many positions, at most its capacity."""
         ...

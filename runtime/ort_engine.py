@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ..engines.package import Engine, InputError, Package
 from .cuda import DeviceFrames
 from .engine import check_embeddings, check_frames
 
-# ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with what they hold
+# ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with
+# what they hold unless all of it is reserved
 GROWTH = 256
 
 
@@ -74,6 +76,11 @@ def _session(path: Path, provider: str, threads: int | None, profiling: Path | N
     if provider not in session.get_providers():
         raise InputError(f"{path}: ONNX Runtime fell back from {provider}; is the GPU driver working?")
     return session
+
+
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Whose memory is there, not promised: a stream that begins has what it needs."""
+    return np.full(shape, 0, dtype)
 
 
 class OrtEncoder:
@@ -159,7 +166,7 @@ class OrtDecoder:
         shape = (1, self._kv_heads, length, self._head_dim)
         # on a CPU an OrtValue is a view of its array, so each cache needs one of its own
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_type), self._device)
+            name: ort.OrtValue.ortvalue_from_numpy(_zeros(shape, self._cache_type), self._device)
             for name in self._caches
         }
 
@@ -189,21 +196,18 @@ class OrtDecoder:
         self.position = end
         return outputs["logits"].numpy()[0]
 
-    @property
-    def reserved(self) -> int:
-        """How many positions there is room for before the cache has to grow."""
-        growing = self._in_place and self._fixed is None
-        return self._buffers[self._caches[0]].shape()[2] if growing else self.capacity
-
     def reserve(self, positions: int) -> None:
         """Makes the cache large enough for so many positions, at most its capacity."""
-        if min(positions, self.capacity) <= self.reserved:
+        has = self._buffers[self._caches[0]].shape()[2]
+        if not self._in_place or min(positions, self.capacity) <= has:
             return
-        grown = min(-(-positions // GROWTH) * GROWTH, self.capacity)
+        shape = (1, self._kv_heads, min(-(-positions // GROWTH) * GROWTH, self.capacity), self._head_dim)
+        buffers = {}  # all or none
         for name, buffer in self._buffers.items():
-            old, new = buffer.numpy(), np.zeros((1, self._kv_heads, grown, self._head_dim), self._cache_type)
+            old, new = buffer.numpy(), _zeros(shape, self._cache_type)
             new[:, :, : self.position] = old[:, :, : self.position]
-            self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
+            buffers[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
+        self._buffers = buffers
 
     def rewind(self, position: int) -> None:
         """Forgets everything from `position` on.

@@ -270,6 +270,10 @@ class Pipeline:
         self._clips.put(request)
         return request.done
 
+    def begin_stream(self) -> None:
+        """What is put in from here on is a stream's; see `Conversation.begin_stream`."""
+        self.submit(self._begin_stream)
+
     def discard(self) -> None:
         """Drops the clips that wait."""
         self._clips.discard()
@@ -380,7 +384,7 @@ class Pipeline:
 
     def _converse(self) -> bool:
         """What the language model has to do next. False when the pipeline is closed."""
-        taken = self._tokens.take(1, wait=not self.conversation.has_chores)
+        taken = self._tokens.take(1, wait=not self.conversation.lag)
         if isinstance(taken, Request):
             try:
                 taken.done.set_result(taken.run())
@@ -394,20 +398,26 @@ class Pipeline:
             except Exception as error:
                 self._report("the decoder", "a clip", error)
         elif not self._tokens.closed:
-            self._do_chore()
+            self._catch_up()
         if taken is not None:
             for _ in range(CATCH_UP):
                 if self.conversation.lag > MOST_LAG and not self._tokens.has_requests:
-                    self._do_chore()
+                    self._catch_up()
         return not self._tokens.closed
 
-    def _do_chore(self) -> None:
+    def _catch_up(self) -> None:
         try:
             with self._span("language model", "again_ms"):
-                self.conversation.do_chore()
+                self.conversation.catch_up()
         except Exception as error:
-            self.conversation.give_up_chores()
-            self._report("the decoder", "the caches", error)
+            self.conversation.give_up_second()
+            self._report("the decoder", "the second cache", error)
+
+    def _begin_stream(self) -> None:
+        try:
+            self.conversation.begin_stream()
+        except Exception as error:
+            self._report("the decoder", "room for a stream", error)
 
     def _lose(self, clips: list[Clip]) -> None:
         given = sum(clip.given for clip in clips)

@@ -234,7 +234,7 @@ class VideoSession:
 
     def _go_live(self) -> None:
         if not self._live:
-            self._pipeline.submit(lambda: setattr(self._pipeline.conversation, "live", True))
+            self._pipeline.begin_stream()
             self._live = True
 
     def _put(self) -> None:

@@ -284,13 +284,8 @@ class TrtDecoder:
         self._spare = {} if self._in_place else {cache.name: cuda.allocate(cache.bytes) for cache in self._caches}
         self.position = 0
 
-    @property
-    def reserved(self) -> int:
-        """See `engine.Decoder`; caches are allocated once."""
-        return self.capacity
-
     def reserve(self, positions: int) -> None:
-        """See `engine.Decoder`."""
+        """See `engine.Decoder`; caches are allocated once."""
 
     def twin(self) -> TrtDecoder:
         """The same engine with an empty KV cache of its own."""

@@ -43,7 +43,7 @@ class FakeEncoder(Engine):
 
 
 class FakeDecoder(Engine):
-    position, capacity, reserved = 0, 1280, 1280
+    position, capacity = 0, 1280
 
     def forward(self, embeddings):
         self.spend(embeddings)

@@ -6,7 +6,7 @@ import random
 import resource
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -309,9 +309,10 @@ def growths(monkeypatch):
     reserve, forward, told, busy = OrtDecoder.reserve, OrtDecoder.forward, [], threading.local()
 
     def counted(self, positions):
-        if min(positions, self.capacity) > self.reserved:
-            told.append(getattr(busy, "now", False))
+        before = self._buffers
         reserve(self, positions)
+        if before is not self._buffers:
+            told.append(getattr(busy, "now", False))
 
     def watched(self, embeddings):
         busy.now = True
@@ -325,15 +326,14 @@ def growths(monkeypatch):
     return told
 
 
-def test_caches_grow_while_nothing_else_is_to_do(package, growths):
-    """Growing copies the whole cache: in a stream nothing waits for it but, at most, the first clip of each cache."""
+def test_a_stream_takes_the_memory_of_both_caches_when_it_begins_and_no_more(package, growths):
     session = VideoSession(package, threads=1)
     for number, frame in enumerate(video(5, 64)):
         session.push(frame, number / 4)
         session.drain()
-        until(lambda: not session._pipeline.conversation.has_chores)
+        assert growths == [False, False]
     answer(session, count=100)
-    assert growths.count(True) <= 2 and growths.count(False) >= 2
+    assert growths == [False, False] and session.stats().moves
 
 
 def test_a_video_that_is_watched_finds_room_made_for_it(package, growths):
@@ -343,24 +343,20 @@ def test_a_video_that_is_watched_finds_room_made_for_it(package, growths):
     assert growths == [False]
 
 
-def test_a_cache_that_can_not_grow_ahead_grows_when_it_must(package, monkeypatch):
+def test_a_stream_without_memory_for_whole_caches_says_so_and_grows_them_when_it_must(package, monkeypatch):
     session, fresh = VideoSession(package, threads=1), VideoSession(package, threads=1)
 
-    def refused_ahead(self, positions):
-        if positions >= self.position + 512:
+    def refused(self, positions):
+        if positions == self.capacity:
             raise MemoryError("no room")
         reserve(self, positions)
 
     frames, reserve = video(6, 16), OrtDecoder.reserve
-    monkeypatch.setattr(OrtDecoder, "reserve", refused_ahead)
-    for number, frame in enumerate(frames):
-        try:
-            session.push(frame, number / 4)
-        except EngineError as error:
-            assert "the decoder failed on the caches: no room" in str(error)
-            session.push(frame, number / 4)
-    with suppress(EngineError):
+    monkeypatch.setattr(OrtDecoder, "reserve", refused)
+    session.push(frames[0], 0.0)
+    with pytest.raises(EngineError, match="the decoder failed on room for a stream: no room"):
         session.drain()
+    push(session, frames[1:], 0.25)
     said = answer(session)
     monkeypatch.undo()
     push(fresh, frames)
