@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	mkdir -p build/typing/liteframe  # mypy wants the folders as the one namespace they are installed in
-	cd build/typing/liteframe && for part in export engines runtime calib; do ln -sfn ../../../$$part .; done
+	cd build/typing/liteframe && for part in export engines runtime calib training; do ln -sfn ../../../$$part .; done
 	cd build/typing && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p liteframe
 
 # against named peers, in turns; needs the extra peers

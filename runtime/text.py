@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -38,29 +38,52 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 class ChatText:
-    """What a package knows of text.
+    """
+    Args:
+        template: Jinja.
+        special_tokens: what the template may ask for by name.
+        embeddings: (vocabulary, D).
 
     Raises:
-        InputError: the chat template does not parse.
+        jinja2.TemplateError: the template does not parse.
     """
 
-    def __init__(self, package: Package):
-        text = package.manifest.text
-        self._tokenizer = Tokenizer.from_file(str(package.path(text.tokenizer)))
-        self._embeddings = np.load(package.path(text.embeddings), mmap_mode="r", allow_pickle=False)
-        self._special = text.special_tokens
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        special_tokens: dict[str, str],
+        unit_prefix: str,
+        unit_suffix: str,
+        end_of_turn: Iterable[int],
+        embeddings: NDArray[Any],
+    ):
+        self._tokenizer, self._embeddings, self._special = tokenizer, embeddings, special_tokens
         self._control = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
-        self._unit_prefix, self._unit_suffix = text.unit_prefix, text.unit_suffix
-        self.end_of_turn = frozenset(text.end_of_turn)
+        self._unit_prefix, self._unit_suffix = unit_prefix, unit_suffix
+        self.end_of_turn = frozenset(end_of_turn)
         # as transformers renders chat templates
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.datetime.now().strftime(f))
-        path = package.path(text.chat_template)
+        self._template = environment.from_string(template)
+
+    @classmethod
+    def of(cls, package: Package) -> ChatText:
+        """Raises InputError when the package's chat template does not parse."""
+        text, path = package.manifest.text, package.path(package.manifest.text.chat_template)
         try:
-            self._template = environment.from_string(path.read_text(encoding="utf-8"))
+            return cls(
+                Tokenizer.from_file(str(package.path(text.tokenizer))),
+                path.read_text(encoding="utf-8"),
+                text.special_tokens,
+                text.unit_prefix,
+                text.unit_suffix,
+                text.end_of_turn,
+                np.load(package.path(text.embeddings), mmap_mode="r", allow_pickle=False),
+            )
         except jinja2.TemplateError as error:
             raise InputError(f"{path}: the chat template does not parse ({error})") from None
 

@@ -59,13 +59,16 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, k_cache, v_cache, write_index):
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, S, C) -> rotated queries (B, heads, S, D), rotated keys and values (B, kv_heads, S, D)"""
         b, s = x.shape[:2]
         q, k, v = (p(x).reshape(b, s, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out, k_cache, v_cache = cached_attention(q, k, v, k_cache, v_cache, write_index)
-        return self.o_proj(out.transpose(1, 2).reshape(b, s, -1)), k_cache, v_cache
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x, cos, sin, k_cache, v_cache, write_index):
+        out, k_cache, v_cache = cached_attention(*self.project(x, cos, sin), k_cache, v_cache, write_index)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), k_cache, v_cache
 
 
 class GatedMLP(nn.Module):
@@ -106,14 +109,18 @@ class DecoderModel(nn.Module):
         )
         self.register_buffer("inverse_frequency", frequency, persistent=False)
 
-    def forward(self, x: Tensor, write_index: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        position = write_index[:, None] + torch.arange(x.shape[1])[None]  # (1, S)
-        angle = position[:, None, :, None].float() * self.inverse_frequency  # (1, 1, S, D/2)
+    def rotation(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Positions (B, S) -> cosines and sines (B, 1, S, D)"""
+        angle = position[:, None, :, None].float() * self.inverse_frequency
         angle = torch.cat([angle, angle], dim=-1)
         cos, sin = angle.cos() * self.rope_factor, angle.sin() * self.rope_factor
+        return cos.to(dtype), sin.to(dtype)
+
+    def forward(self, x: Tensor, write_index: Tensor, caches: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        cos, sin = self.rotation(write_index[:, None] + torch.arange(x.shape[1])[None], x.dtype)
         updated = []
         for i, layer in enumerate(self.layers):
-            x, k_cache, v_cache = layer(x, cos.to(x.dtype), sin.to(x.dtype), *caches[2 * i : 2 * i + 2], write_index)
+            x, k_cache, v_cache = layer(x, cos, sin, *caches[2 * i : 2 * i + 2], write_index)
             updated += [k_cache, v_cache]
         return self.norm(x), updated
 

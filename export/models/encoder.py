@@ -67,13 +67,19 @@ class VideoEncoder(nn.Module):
         self.projector = Projector(size, config.output_size, (h, w), config.shuffle)
         self.tokens_per_clip = units * self.projector.tokens
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
+    def dense(self, frames: Tensor) -> Tensor:
+        """frames uint8 (clips, T, H, W, 3), RGB -> what the backbone says: of a ViT (clips, T, 1 + H'*W', C), of the
+        student (clips, T', H'*W', C)"""
         clip_length, height, width = frames.shape[1:4]
         images = frames.to(self.mean.dtype).reshape(-1, height, width, 3)  # TensorRT wants the Cast right at the input
         images = (images - self.mean) / self.std
         features = self.backbone(images)
+        return features if self.reducer is None else features.reshape(-1, clip_length, *features.shape[1:])
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
+        features = self.dense(frames)
         if self.reducer is not None:
-            features = self.reducer(features.reshape(-1, clip_length, *features.shape[1:]))
+            features = self.reducer(features)
         tokens = self.projector(features.reshape(-1, *features.shape[2:]))
         return tokens.reshape(-1, self.tokens_per_clip, self.config.output_size)

@@ -98,7 +98,7 @@ def opened(package, around=at_once, **options):
 def serially(package, clips, question):
     """The logits behind a question about clips, in a stream: every engine's call after the other, in this thread."""
     encoder, decoder = open_engines(package, 1)
-    text, model = ChatText(package), package.manifest.model
+    text, model = ChatText.of(package), package.manifest.model
     before, after = text.turn(question, with_video=True)
     frames = model.clip_length // model.units_per_clip
     number = 0

@@ -79,7 +79,7 @@ def make(tiny_package, tokenizer, tmp_path_factory):
             )
         }
         text = msgspec.structs.replace(tiny_package.manifest.text, special_tokens=SPECIAL, **files, **changes)
-        return ChatText(Package(folder=folder, manifest=msgspec.structs.replace(tiny_package.manifest, text=text)))
+        return ChatText.of(Package(folder=folder, manifest=msgspec.structs.replace(tiny_package.manifest, text=text)))
 
     return make
 

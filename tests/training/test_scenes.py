@@ -1,0 +1,139 @@
+"""Scenes: what is asked follows from what is drawn, and what is drawn can be found in the pixels."""
+
+from collections import Counter, defaultdict
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from liteframe.engines.package import InputError
+from liteframe.training import scenes
+from liteframe.training.backgrounds import Backgrounds
+from liteframe.training.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, ask, draw, pairs, render
+
+GREY = np.full((8, 224, 224, 3), 110, np.uint8)
+seeds = st.integers(0, 2**31)
+
+
+def centre(frame, colour):
+    """Of the pixels of just this colour, in sides of the frame; None where there are few."""
+    found = np.argwhere((frame == COLOURS[colour]).all(-1))
+    return None if len(found) < 60 else found.mean(0)[::-1] / len(frame)
+
+
+def test_splits_share_no_pair_and_have_all_colours_and_shapes():
+    sets = [set(pairs(split)) for split in SPLITS]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == len(COLOURS) * len(SHAPES)
+    for chosen in sets:
+        assert {colour for colour, _ in chosen} == set(COLOURS) and {shape for _, shape in chosen} == set(SHAPES)
+
+
+@given(seeds, st.sampled_from(SPLITS))
+def test_answers_are_seen_in_the_pixels(seed, split):
+    random = np.random.default_rng(seed)
+    scene = draw(random, split)
+    frames = render(scene, GREY)
+    where = {thing.name: [centre(frame, thing.colour) for frame in frames] for thing in scene.things}
+    seen = {name: [spot is not None for spot in spots] for name, spots in where.items()}
+    for question in ask(scene, random):
+        words, answer = question.text.rstrip("?").split(), question.answer
+        named = [thing for thing in scene.things if thing.colour in words or thing.shape in words]
+        match question.kind:
+            case "colour":
+                assert any(thing.colour == answer and thing.shape in words for thing in scene.things)
+            case "shape":
+                assert any(thing.shape == answer and thing.colour in words for thing in scene.things)
+            case "count":
+                assert sum(map(all, seen.values())) == len(seen) == scenes.NUMBERS.index(answer)
+            case "direction":
+                (thing,) = named
+                dx, dy = where[thing.name][-1] - where[thing.name][0]
+                way = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+                assert way == answer and max(abs(dx), abs(dy)) > 0.1
+            case "speed":
+                faster, slower = sorted(named, key=lambda thing: thing.name != answer)
+                ways = [np.abs(where[thing.name][-1] - where[thing.name][0]).max() for thing in (faster, slower)]
+                assert faster.name == answer and ways[0] > 1.8 * ways[1] > 0
+            case "order":
+                first, second = sorted(named, key=lambda thing: thing.name != answer)
+                assert first.name == answer and seen[first.name].index(True) < seen[second.name].index(True)
+            case "change":
+                (thing,) = named
+                told = {"appears": (False, True), "disappears": (True, False), "stays": (True, True)}[answer]
+                assert (seen[thing.name][0], seen[thing.name][-1]) == told
+            case kind:
+                assert kind == "unknown" and answer == scenes.UNKNOWN
+                assert not any(thing.colour in words and thing.shape in words for thing in scene.things)
+                assert len(named) == 0 or "move" in words
+
+
+@given(seeds)
+def test_things_stay_within_the_frame_and_apart(seed):
+    scene = draw(np.random.default_rng(seed), "train")
+    for time in (0.0, 0.5, 1.0):
+        for thing in scene.things:
+            assert all(thing.radius - 1e-9 <= place <= 1 - thing.radius + 1e-9 for place in thing.at(time))
+        for i, one in enumerate(scene.things):
+            for other in scene.things[:i]:
+                assert np.hypot(*np.subtract(one.at(time), other.at(time))) > one.radius + other.radius
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_are_as_large_as_they_say_and_differ(shape):
+    def mask(shape):
+        (frame,) = render(Scene("stand", (Thing("red", shape, radius=0.3),)), GREY[:1])
+        return (frame != GREY[0]).any(-1)
+
+    rows = np.flatnonzero(mask(shape).any(1))
+    assert 224 * 0.3 * 1.3 < rows[-1] - rows[0] < 224 * 0.3 * 2.1
+    for other in set(SHAPES) - {shape}:
+        assert (mask(shape) != mask(other)).mean() > 0.02
+
+
+def test_no_answer_is_the_usual_one():
+    """Or one could be right without looking."""
+    random, answers = np.random.default_rng(0), defaultdict(Counter)
+    for _ in range(2000):
+        for question in ask(draw(random, "test"), random):
+            answers[question.kind][question.answer] += 1
+    most = {kind: max(found.values()) / found.total() for kind, found in answers.items() if kind != "unknown"}
+    assert most["colour"] < 0.25 and most["shape"] < 0.3 and most["direction"] < 0.3
+    assert most["count"] < 0.35 and most["change"] < 0.45 and most["order"] < 0.3 and most["speed"] < 0.3
+    assert answers["unknown"].total() / sum(found.total() for found in answers.values()) < 0.1
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A photo that is dark on the left and light on the right, and a video that grows lighter."""
+    photo = np.repeat(np.linspace(0, 255, 400)[None, :, None], 300, 0).repeat(3, 2).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "photo.png"), photo)
+    writer = cv2.VideoWriter(str(tmp_path / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 8, (160, 120))
+    for light in range(0, 240, 6):
+        writer.write(np.full((120, 160, 3), light, np.uint8))
+    writer.release()
+    return tmp_path
+
+
+def test_a_seed_is_always_the_same_sample_and_another_another(sources):
+    backgrounds = Backgrounds([sources / "photo.png"], [sources / "video.mp4"])
+    one, again, other = (scenes.sample(seed, "train", backgrounds) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.frames, again.frames)
+    assert one.questions == again.questions and one.frames.shape == (8, 224, 224, 3)
+    assert one.frames.shape == other.frames.shape and (one.frames != other.frames).any()
+
+
+@pytest.mark.parametrize("fps", [1, 2, 4])
+def test_frames_of_a_video_lie_as_far_apart_as_asked(sources, fps):
+    backgrounds = Backgrounds([], [sources / "video.mp4"])
+    frames = backgrounds.sample(np.random.default_rng(0), 4, fps, 64, video_share=1.0)
+    steps = np.diff(frames.mean((1, 2, 3)))
+    np.testing.assert_allclose(steps, 6 * 8 / fps, atol=2.5)
+
+
+def test_backgrounds_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="at least one photo or video"):
+        Backgrounds([])
+    (tmp_path / "photo.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"photo\.jpg: can't be read as a picture"):
+        Backgrounds([tmp_path / "photo.jpg"])

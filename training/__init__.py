@@ -1,0 +1,1 @@
+"""Where artifacts come from: teacher -> distilled student -> aligned with a language model."""

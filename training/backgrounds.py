@@ -1,0 +1,110 @@
+"""Natural backgrounds: photos that a camera pans over, and stretches of real video.
+
+photos, videos ──Backgrounds──▶ frames (N, H, W, 3) at a rate of 1 to 4 a second
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engines.package import InputError
+from ..runtime.video import open_video
+
+SHORT_SIDE = 288  # pixels that sources are kept at
+KEPT_FPS = 4.0  # frames of a video that are kept, a second
+PAN = 0.12  # of the picture, at most, in a clip or video
+
+
+class Backgrounds:
+    """
+    Args:
+        photos, videos: files that OpenCV reads.
+
+    Raises:
+        InputError: there are none, or one can't be read.
+    """
+
+    def __init__(self, photos: Sequence[Path], videos: Sequence[Path] = ()):
+        if not photos and not videos:
+            raise InputError("no backgrounds: at least one photo or video is needed")
+        self._photos = [_photo(path) for path in photos]
+        self._videos = [_video(path) for path in videos]
+
+    @property
+    def seconds(self) -> float:
+        """Of video, in all."""
+        return sum(map(len, self._videos)) / KEPT_FPS
+
+    def sample(
+        self, random: np.random.Generator, frames: int, fps: float, size: int, video_share: float
+    ) -> NDArray[np.uint8]:
+        """A random stretch, cut and turned about at random: uint8 (frames, size, size, 3), RGB.
+
+        Args:
+            fps: 4, 2 or 1 for videos.
+            video_share: how often it is from a video, if one is long enough; otherwise a photo, still or panned over.
+        """
+        step = round(KEPT_FPS / fps)
+        long_enough = [video for video in self._videos if len(video) > (frames - 1) * step]
+        if long_enough and (random.random() < video_share or not self._photos):
+            weights = np.array([len(video) for video in long_enough], float)
+            video = long_enough[random.choice(len(long_enough), p=weights / weights.sum())]
+            start = random.integers(len(video) - (frames - 1) * step)
+            images = video[start : start + (frames - 1) * step + 1 : step]
+            pan = 0.0
+        else:
+            images = self._photos[random.integers(len(self._photos))][None].repeat(frames, 0)
+            pan = PAN * random.random() if random.random() < 0.5 else 0.0
+        return _cut(images, random, size, pan)
+
+
+def _cut(images: NDArray[np.uint8], random: np.random.Generator, size: int, pan: float) -> NDArray[np.uint8]:
+    """The same square of each picture, moving by `pan` of it from the first to the last, mirrored every other time."""
+    height, width = images.shape[1:3]
+    side = min(height, width) * random.uniform(0.55, 1.0)
+    room = np.array([width - side, height - side])
+    first = random.random(2) * room
+    last = np.clip(first + pan * side * _direction(random), 0, room)
+    mirrored = random.random() < 0.5
+    out = np.empty((len(images), size, size, 3), np.uint8)
+    for frame, (image, corner) in enumerate(zip(images, np.linspace(first, last, len(images)), strict=True)):
+        scale = size / side
+        matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
+        cut = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        out[frame] = cut[:, ::-1] if mirrored else cut
+    return out
+
+
+def _direction(random: np.random.Generator) -> NDArray[np.float64]:
+    angle = random.uniform(0, 2 * np.pi)
+    return np.array([np.cos(angle), np.sin(angle)])
+
+
+def _shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    scale = SHORT_SIDE / min(image.shape[:2])
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), np.uint8)
+
+
+@lru_cache(256)
+def _photo(path: Path) -> NDArray[np.uint8]:
+    image = cv2.imread(str(path))
+    if image is None:
+        raise InputError(f"{path}: can't be read as a picture")
+    return _shrunk(np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8))
+
+
+@lru_cache(32)
+def _video(path: Path) -> NDArray[np.uint8]:
+    kept: list[NDArray[np.uint8]] = []
+    with open_video(path) as video:
+        for seconds, decode in video.frames():
+            if seconds * KEPT_FPS >= len(kept) - 1e-6:
+                kept.append(_shrunk(decode()))
+    return np.stack(kept)

@@ -1,0 +1,292 @@
+"""Short videos that are made up, with questions about them: coloured shapes that move over natural backgrounds.
+
+    seed ──draw──▶ Scene: things, when and where ──render──▶ frames
+                     └────────ask────────▶ questions whose answers follow from it
+
+Some answers are in any frame (colour, shape, count), some only in the order of frames (direction, order, change,
+speed). About what is not there the answer is that one can't tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from ..calib.questions import Question
+from .backgrounds import Backgrounds
+from .samples import Sample
+
+COLOURS = {
+    "red": (214, 34, 40),
+    "green": (32, 158, 58),
+    "blue": (36, 76, 214),
+    "yellow": (246, 212, 40),
+    "purple": (136, 44, 168),
+    "white": (242, 242, 242),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+NUMBERS = ("zero", "one", "two", "three", "four")
+UNKNOWN = "I can't tell."
+SPLITS = ("train", "validation", "test")
+VIDEO_SHARE = 0.4  # of backgrounds, from videos
+EMPTY_SHARE = 0.04  # of scenes, without things
+QUESTIONS = 4  # about a scene, at most
+RADII = (0.09, 0.14)  # of the frame's side
+FASTER = 2.2  # times as fast, at least
+
+
+def pairs(split: str) -> list[tuple[str, str]]:
+    """Colours and shapes that go together in a split: of every five pairs three, one and one. All colours and all
+    shapes are in each."""
+    taken = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
+    return [
+        (colour, shape)
+        for i, colour in enumerate(COLOURS)
+        for j, shape in enumerate(SHAPES)
+        if (i + j) % len(SHAPES) in taken
+    ]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """
+    Attributes:
+        start, velocity: of its centre, in sides of the frame, and sides over the whole video; x to the right, y down.
+        radius: in sides of the frame.
+        appears, disappears: when it can be seen, from 0, the first frame, to 1, behind the last.
+    """
+
+    colour: str
+    shape: str
+    start: tuple[float, float] = (0.5, 0.5)
+    velocity: tuple[float, float] = (0.0, 0.0)
+    radius: float = RADII[0]
+    appears: float = 0.0
+    disappears: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def direction(self) -> str | None:
+        """None if it stays."""
+        return next((name for name, way in DIRECTIONS.items() if np.dot(way, self.velocity) > 0), None)
+
+    @property
+    def speed(self) -> float:
+        return float(np.hypot(*self.velocity))
+
+    def at(self, time: float) -> tuple[float, float]:
+        return self.start[0] + self.velocity[0] * time, self.start[1] + self.velocity[1] * time
+
+
+@dataclass(frozen=True)
+class Scene:
+    plot: str
+    things: tuple[Thing, ...]
+
+
+def draw(random: np.random.Generator, split: str) -> Scene:
+    """A scene of a random plot; its things never touch."""
+    if random.random() < EMPTY_SHARE:
+        return Scene("empty", ())
+    name = str(random.choice(list(PLOTS)))
+    plot = PLOTS[name]
+    chosen = _chosen(random, split, int(random.integers(plot.fewest, plot.most + 1)))
+    while True:
+        things = plot.arrange(random, [replace(thing, start=_place(random, thing.radius)) for thing in chosen])
+        if not _touch(things):
+            return Scene(name, tuple(things[i] for i in random.permutation(len(things))))
+
+
+def _chosen(random: np.random.Generator, split: str, count: int) -> list[Thing]:
+    """Things whose colours and shapes all differ."""
+    allowed, chosen = pairs(split), list[Thing]()
+    for i in random.permutation(len(allowed)):
+        colour, shape = allowed[i]
+        if all(colour != thing.colour and shape != thing.shape for thing in chosen):
+            chosen.append(Thing(colour, shape, radius=random.uniform(*RADII)))
+    return chosen[:count]
+
+
+def _place(random: np.random.Generator, margin: float) -> tuple[float, float]:
+    x, y = random.uniform(margin, 1 - margin, 2)
+    return float(x), float(y)
+
+
+def _moving(random: np.random.Generator, thing: Thing, distance: float) -> Thing:
+    """Moves so far in one of four directions, and stays within the frame."""
+    x, y = DIRECTIONS[str(random.choice(list(DIRECTIONS)))]
+    first = thing.radius + random.random() * (1 - 2 * thing.radius - distance)
+    along = first if x + y > 0 else 1 - first
+    across = random.uniform(thing.radius, 1 - thing.radius)
+    start = (along, across) if x else (across, along)
+    return replace(thing, start=start, velocity=(x * distance, y * distance))
+
+
+def _move(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    return [_moving(random, things[0], random.uniform(0.4, 0.65)), *things[1:]]
+
+
+def _race(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    fast = random.uniform(0.5, 0.7)
+    slow = fast / random.uniform(FASTER, 3.5)
+    return [_moving(random, things[0], fast), _moving(random, things[1], slow)]
+
+
+def _follow(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    first, second = random.uniform(0.1, 0.3), random.uniform(0.55, 0.85)
+    return [replace(things[0], appears=first), replace(things[1], appears=second)]
+
+
+def _change(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    when, appears = random.uniform(0.35, 0.7), random.random() < 0.5
+    changing = replace(things[0], appears=when) if appears else replace(things[0], disappears=when)
+    return [changing, *things[1:]]
+
+
+def _stand(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    return things
+
+
+@dataclass(frozen=True)
+class Plot:
+    """
+    Attributes:
+        fewest, most: things.
+        arrange: makes things that stand somewhere do what the plot says.
+    """
+
+    fewest: int
+    most: int
+    arrange: Callable[[np.random.Generator, list[Thing]], list[Thing]]
+
+
+PLOTS = {
+    "move": Plot(1, 2, _move),
+    "race": Plot(2, 2, _race),
+    "follow": Plot(2, 2, _follow),
+    "change": Plot(1, 2, _change),
+    "stand": Plot(1, 4, _stand),
+}
+
+
+def _touch(things: list[Thing]) -> bool:
+    times = np.linspace(0, 1, 17)
+    return any(
+        np.hypot(*(np.array(a.at(time)) - b.at(time))) < 1.15 * (a.radius + b.radius)
+        for i, a in enumerate(things)
+        for b in things[:i]
+        for time in times
+    )
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, backgrounds: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Draws the things over uint8 (N, S, S, 3) RGB; returns new frames."""
+    out = backgrounds.copy()
+    for number, frame in enumerate(out):
+        for thing in scene.things:
+            if thing.appears <= (number + 0.5) / len(out) < thing.disappears:
+                _paint(frame, thing, number / max(len(out) - 1, 1))
+    return out
+
+
+def _paint(frame: NDArray[np.uint8], thing: Thing, time: float) -> None:
+    side, fine = frame.shape[0], 16
+    points = (_outline(thing.shape) * thing.radius + thing.at(time)) * side
+    polygon = np.round(points * fine).astype(np.int32)
+    cv2.fillPoly(frame, [polygon], COLOURS[thing.colour], cv2.LINE_AA, shift=4)
+    cv2.polylines(frame, [polygon], True, (20, 20, 20), max(1, side // 112), cv2.LINE_AA, shift=4)
+
+
+def _outline(shape: str) -> NDArray[np.float64]:
+    """Corners within the unit circle."""
+    if shape == "cross":
+        a, b = 0.32, 0.92
+        corners = [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a)]
+        return np.array([*corners, (-a, b)])
+    count, turn = {"circle": (48, 0.0), "square": (4, 0.5), "triangle": (3, 0.0), "star": (10, 0.0)}[shape]
+    angles = (np.arange(count) + turn) / count * 2 * np.pi
+    radii = np.where(np.arange(count) % 2, 0.42, 1.0) if shape == "star" else np.ones(count)
+    return np.stack([np.sin(angles), -np.cos(angles)], 1) * radii[:, None]
+
+
+# -- questions ---------------------------------------------------------------------------------------------------------
+
+
+def ask(scene: Scene, random: np.random.Generator) -> tuple[Question, ...]:
+    """At most QUESTIONS of those that the scene answers, the rarer kinds first; now and then one that it does not."""
+    asked = [_unanswerable(scene, random)] if not scene.things or random.random() < 0.15 else []
+    possible = _answerable(scene, random)
+    kinds = [question.kind for question in possible]
+    order = sorted(random.permutation(len(possible)), key=lambda i: RARITY[kinds[i]])
+    asked += [possible[i] for i in order]
+    return tuple(asked[:QUESTIONS])
+
+
+def _answerable(scene: Scene, random: np.random.Generator) -> list[Question]:
+    out = []
+
+    def add(kind: str, answer: str, *texts: str) -> None:
+        out.append(Question(kind, str(random.choice(texts)), answer))
+
+    things = scene.things
+    for thing in things:
+        name = thing.name
+        add("colour", thing.colour, f"What color is the {thing.shape}?", f"Which color does the {thing.shape} have?")
+        add("shape", thing.shape, f"What shape is the {thing.colour} object?", f"Which shape is {thing.colour}?")
+        if thing.direction:
+            add("direction", thing.direction, f"Which way does the {name} move?", f"Where does the {name} move to?")
+        if scene.plot == "change":
+            change = "appears" if thing.appears > 0 else "disappears" if thing.disappears < 1 else "stays"
+            add("change", change, f"Does the {name} appear, disappear or stay?")
+    if scene.plot == "stand":
+        add("count", NUMBERS[len(things)], "How many objects are there?", "How many shapes can you see?")
+    if scene.plot == "follow":
+        one, other = random.permutation([thing.name for thing in things])
+        first = min(things, key=lambda thing: thing.appears).name
+        add("order", first, f"Which appears first, the {one} or the {other}?", f"What comes first, {one} or {other}?")
+    if scene.plot == "race":
+        one, other = random.permutation([thing.name for thing in things])
+        fastest = max(things, key=lambda thing: thing.speed).name
+        add("speed", fastest, f"Which moves faster, the {one} or the {other}?", f"Which is faster, {one} or {other}?")
+    return out
+
+
+def _unanswerable(scene: Scene, random: np.random.Generator) -> Question:
+    """About something that is not there."""
+    colours = sorted(set(COLOURS) - {thing.colour for thing in scene.things})
+    shapes = sorted(set(SHAPES) - {thing.shape for thing in scene.things})
+    colour, shape = random.choice(colours), random.choice(shapes)
+    texts = (
+        f"What color is the {shape}?",
+        f"What shape is the {colour} object?",
+        f"Which way does the {colour} {shape} move?",
+    )
+    return Question("unknown", str(random.choice(texts)), UNKNOWN)
+
+
+RARITY = {"order": 0, "speed": 0, "count": 0, "change": 0, "direction": 1, "colour": 2, "shape": 2, "unknown": 3}
+
+
+def sample(
+    seed: int, split: str, backgrounds: Backgrounds, frames: int = 8, fps: float = 2.0, size: int = 224
+) -> Sample:
+    """The video and the questions of a seed.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    random = np.random.default_rng((SPLITS.index(split), seed))
+    scene = draw(random, split)
+    questions = ask(scene, random)
+    return Sample(render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE)), fps, questions)
