@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..runtime.session import VideoSession
+from ..engines.package import Model, Package, open_package
+from ..runtime.conversation import Conversation
+from ..runtime.engine import Decoder, Encoder, open_engines
+from ..runtime.text import ChatText, Sampler
 from .questions import Question, read_frames, read_questions
 
 Shown = Literal["video", "shuffled", "frame", "nothing"]
@@ -27,30 +30,35 @@ LONGEST = 12  # tokens of an answer
 RESAMPLED = 2000  # times, for confidence intervals
 
 
-class Respondent(Protocol):
+class Respondent:
+    """Answers about videos: an encoder and a decoder, put together as the runtime does.
+
+    Args:
+        encoder, decoder: engines of a package, or what stands for them; see runtime/engine.py.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, text: ChatText, model: Model):
+        self._encoder, self._text = encoder, text
+        self._conversation = Conversation(decoder, text, model)
+
+    @classmethod
+    def of(cls, package: Package) -> Respondent:
+        """Raises InputError when the package is not for this machine."""
+        return cls(*open_engines(package, None), ChatText.of(package), package.manifest.model)
+
     def answer(self, clips: NDArray[np.uint8] | None, questions: Sequence[str]) -> list[str]:
         """To each question as if it were the only one, greedily.
 
         Args:
             clips: uint8 (clips, T, H, W, 3); None shows nothing.
         """
-        ...
-
-
-class Engines:
-    """A package's engines, through the runtime."""
-
-    def __init__(self, session: VideoSession):
-        self._session = session
-
-    def answer(self, clips: NDArray[np.uint8] | None, questions: Sequence[str]) -> list[str]:
-        self._session.reset()
-        if clips is not None:
-            self._session.watch(clips.reshape(-1, *clips.shape[2:]), clips.shape[0] * clips.shape[1])
+        self._conversation.refill([])
+        for clip in [] if clips is None else clips:
+            self._conversation.add(self._encoder.encode(clip[None])[0])
         answers = []
         for question in questions:
-            answers.append("".join(self._session.ask(question, LONGEST)))
-            self._session.forget()
+            answers.append("".join(self._text.stream(self._conversation.ask(question, LONGEST, Sampler()))))
+            self._conversation.cut_answer(0)
         return answers
 
 
@@ -163,10 +171,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--shown", nargs="+", choices=get_args(Shown), default=["video"])
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     options = parser.parse_args(arguments)
-    with VideoSession(options.package) as session:
-        model = session.model
-        videos = read_videos(options.questions, model.max_frames, model.clip_length, model.image_size)
-        rows = {shown: accuracies(ask_all(Engines(session), videos, shown, progress=shown)) for shown in options.shown}
+    package = open_package(options.package)
+    model, respondent = package.manifest.model, Respondent.of(package)
+    videos = read_videos(options.questions, model.max_frames, model.clip_length, model.image_size)
+    rows = {shown: accuracies(ask_all(respondent, videos, shown, progress=shown)) for shown in options.shown}
     print_accuracies(rows, Console())
     if options.json:
         print(json.dumps({name: {k: vars(a) for k, a in row.items()} for name, row in rows.items()}))

@@ -26,6 +26,7 @@ from ..calib.questions import Question
 from ..export.artifact import Artifact
 from ..export.models.decoder import Decoder, DecoderLayer
 from ..export.models.encoder import VideoEncoder
+from ..export.torch_engine import chat_text
 from ..runtime.text import ChatText
 from .loop import Recipe, train
 from .samples import Sample
@@ -33,20 +34,6 @@ from .samples import Sample
 RANK, ALPHA, DROPOUT = 4, 8, 0.05  # LiteFrame, Appendix A
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VISUAL, PREFIX = -1, 0
-
-
-def chat_text(artifact: Artifact) -> ChatText:
-    """The artifact's text as the runtime lays it out."""
-    text, prompt = artifact.text, artifact.prompt
-    return ChatText(
-        text.tokenizer,
-        text.chat_template,
-        text.special_tokens,
-        prompt.unit_prefix,
-        prompt.unit_suffix,
-        text.end_of_turn,
-        artifact.decoder.model.embed_tokens.weight.detach().numpy(),
-    )
 
 
 def add_lora(decoder: Decoder, seed: int = 0) -> peft.LoraModel:

@@ -2,17 +2,16 @@
 
 import json
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from liteframe.calib.accuracy import Asked, Engines, accuracies, ask_all, main, read_videos, show
+from liteframe.calib.accuracy import LONGEST, Asked, Respondent, accuracies, ask_all, main, read_videos, show
 from liteframe.calib.questions import Question, read_questions
 from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
+from liteframe.export.torch_engine import respondent
 from liteframe.runtime.session import VideoSession
-from liteframe.training.evaluate import Modules
 from liteframe.training.samples import Sample, write_samples
 
 
@@ -110,23 +109,33 @@ def test_questions_about_one_video_do_not_count_as_independent():
 
 def test_engines_and_modules_answer_alike(folder, tiny_artifact, tiny_package):
     videos = read_videos(folder, 16, 4, (56, 56))
+    modules = respondent(load_artifact(tiny_artifact), tiny_package.manifest.model)
+    for shown in ("video", "shuffled", "frame", "nothing"):
+        by_engines, by_modules = (ask_all(who, videos, shown) for who in (Respondent.of(tiny_package), modules))
+        assert by_engines == by_modules and len(by_engines) == 6
+
+
+def test_answers_are_those_of_a_session(folder, tiny_package):
+    videos = read_videos(folder, 16, 4, (56, 56))
+    asked = ask_all(Respondent.of(tiny_package), videos)
     with VideoSession(tiny_package) as session:
-        for shown in ("video", "shuffled", "frame", "nothing"):
-            engines = ask_all(Engines(session), videos, shown)
-            modules = ask_all(Modules(load_artifact(tiny_artifact), 16), videos, shown)
-            assert engines == modules and len(engines) == 6
+        for number, (clips, questions) in enumerate(videos):
+            session.watch(clips.reshape(-1, 56, 56, 3), clips.shape[0] * 4)
+            for question in questions:
+                answer = "".join(session.ask(question.text, LONGEST))
+                session.forget()
+                assert Asked(number, question, answer) in asked
 
 
 def test_questions_do_not_hear_of_each_other(folder, tiny_package):
     videos = read_videos(folder, 16, 4, (56, 56))
-    with VideoSession(tiny_package) as session:
-        together = [one.answer for one in ask_all(Engines(session), videos)]
-        alone = [
-            one.answer
-            for clips, questions in videos
-            for question in questions
-            for one in ask_all(Engines(session), [(clips, [question])])
-        ]
+    together = [one.answer for one in ask_all(Respondent.of(tiny_package), videos)]
+    alone = [
+        one.answer
+        for clips, questions in videos
+        for question in questions
+        for one in ask_all(Respondent.of(tiny_package), [(clips, [question])])
+    ]
     assert together == alone
 
 

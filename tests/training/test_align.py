@@ -9,9 +9,10 @@ import torch
 from liteframe.calib.questions import Question
 from liteframe.export.artifact import load_artifact
 from liteframe.export.lora import merge_adapter
+from liteframe.export.torch_engine import chat_text
 from liteframe.runtime.conversation import Cache
 from liteframe.runtime.text import ChatText
-from liteframe.training.align import add_lora, align, answer_ids, answer_loss, chat_text, lay_out, save_adapter
+from liteframe.training.align import add_lora, align, answer_ids, answer_loss, lay_out, save_adapter
 from liteframe.training.loop import Recipe
 from liteframe.training.samples import Sample
 
