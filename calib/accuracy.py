@@ -115,6 +115,10 @@ def _another_order(count: int, random: np.random.Generator) -> NDArray[np.int64]
     return order if count < 2 or (order != np.arange(count)).any() else _another_order(count, random)
 
 
+def percent_right(asked: Sequence[Asked]) -> float:
+    return 100 * sum(one.right for one in asked) / len(asked)
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """In percent, with a 95 % confidence interval from resampling whole videos (bootstrap, percentiles)."""
@@ -141,7 +145,7 @@ def _accuracy(asked: Sequence[Asked]) -> Accuracy:
     drawn = np.random.default_rng(0).integers(len(videos), size=(RESAMPLED, len(videos)))
     resampled = 100 * right[drawn].sum(1) / count[drawn].sum(1)
     low, high = np.percentile(resampled, [2.5, 97.5])
-    return Accuracy(float(100 * right.sum() / count.sum()), float(low), float(high), int(count.sum()))
+    return Accuracy(percent_right(asked), float(low), float(high), int(count.sum()))
 
 
 def read_videos(

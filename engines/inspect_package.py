@@ -61,6 +61,11 @@ def _print(package: Package) -> None:
                     sizes += [" ".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max)]
                 table.add_row(way, spec.name, spec.dtype, *sizes)
         console.print(table)
+    if (told := manifest.accuracy) is not None:
+        print(
+            f"\n{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
+            f"{told.different} answers differ"
+        )
     for line in manifest.allowed_drift:
         print(f"\ndrift allowed: {line}")
     print("\nall files are there and match their hashes")

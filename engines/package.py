@@ -157,12 +157,27 @@ class Origin(_Strict, frozen=True):
     versions: dict[str, str]
 
 
+class Accuracy(_Strict, frozen=True):
+    """Questions about videos, answered by the torch modules and by the engines, or by ONNX Runtime in their place.
+
+    Attributes:
+        modules, engines: percent right.
+        different: answers that are not the same.
+    """
+
+    questions: int
+    modules: float
+    engines: float
+    different: int
+
+
 class Manifest(_Strict, frozen=True):
     """
     Attributes:
         commands: polygraphy's command lines and their inputs.
         drift: the report of how far layers are from FP32; none in FP32.
         allowed_drift: gates that failed and were overridden.
+        accuracy: if it was asked for.
         sha256: of the manifest itself with this field left empty.
     """
 
@@ -176,6 +191,7 @@ class Manifest(_Strict, frozen=True):
     commands: list[File]
     drift: list[File]
     allowed_drift: list[str]
+    accuracy: Accuracy | None
     sha256: str
 
     def files(self) -> Iterator[File]:

@@ -32,6 +32,7 @@ from rich.table import Table
 
 from ..calib.drift_report import summary, write_report
 from ..calib.layers import LayerDrift
+from ..calib.questions import read_questions
 from ..calib.ranges import METHODS
 from ..engines import compile_onnxruntime, compile_tensorrt, package, proof
 from ..engines.inspect_package import describe_kept
@@ -50,6 +51,7 @@ from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
 from ..runtime.cli import guard, interrupted
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
+from .gate_accuracy import gate_accuracy
 from .models.reducers import REDUCERS, WINDOWS
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
@@ -63,6 +65,7 @@ QUESTION = "What happens in this video?"  # in polygraphy's inputs
 GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
 MAX_CLIPS = 16
 CPU = "CPUExecutionProvider"
+STAND_IN = "{name}.{dialect}.stand-in.onnx"
 VERSIONS = ("liteframe", "torch", "onnx", "onnxscript", "onnxruntime")
 Progress = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
@@ -81,6 +84,7 @@ def build(
     calib_method: str = "minmax",
     allow_drift: bool = False,
     max_workspace: int | None = None,
+    questions: Path | None = None,
 ) -> package.Package:
     """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle.
 
@@ -91,6 +95,7 @@ def build(
         decoder_precision: of the decoder's alone; None means `precision`.
         calib, calib_cache, calib_method, allow_drift: see `precision.prepare`; for FP32 there is nothing to calibrate.
         max_workspace: bytes; see `compile_tensorrt.compile_graph`.
+        questions: a folder of questions about videos, which what is built must answer as well; see `gate_accuracy`.
 
     Raises:
         InputError: bad artifact or arguments.
@@ -100,6 +105,8 @@ def build(
     target = TARGETS[target_name]
     asked: dict[GraphName, Asked] = {"encoder": precision, "decoder": decoder_precision or precision}
     _check_arguments(target, asked, calib, calib_cache, max_workspace)
+    if questions is not None:
+        read_questions(questions)  # before anything takes its time
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
@@ -114,13 +121,17 @@ def build(
         graphs = _make_graphs(artifact, model, target, verifier, lowering, folder / "graphs", Path(scratch))
         engines = _make_engines(graphs, target, verifier, lowering, folder, max_workspace)
         drift = _report_drift(lowering, folder) if lowering is not None else []
+        table, accuracy = embedding_table(artifact, asked["decoder"]), None
+        if questions is not None:
+            runnable = {name: _runnable(name, target, folder, Path(scratch)) for name in GRAPHS}
+            with _step(f"answer {questions}"):
+                accuracy = gate_accuracy(questions, artifact, model, runnable, table, sorted(set(asked.values())))
         if target.compiler == "onnxruntime":  # its engines are the graphs, optimised
             for path in sorted((folder / "graphs").iterdir()):
                 path.unlink()
             (folder / "graphs").rmdir()
             graphs = []
         with _step("write embeddings, tokenizer, polygraphy's commands and manifest"):
-            table = embedding_table(artifact, asked["decoder"])
             clips = sample_clips(artifact.encoder)[1:] if lowering is None else lowering.clips[:1]
             prompt = table[artifact.text.tokenizer.encode(QUESTION).ids][None].astype(np.float32)
             manifest = Manifest(
@@ -138,6 +149,7 @@ def build(
                 commands=write_commands(folder, target, [*graphs, *engines], clips, prompt),
                 drift=drift,
                 allowed_drift=lowering.allowed if lowering is not None else [],
+                accuracy=accuracy,
                 sha256="",
             )
             package.write_manifest(folder, manifest)
@@ -255,7 +267,7 @@ def _make_graphs(
                         parity = verifier.encoder(path) if name == "encoder" else verifier.decoder(path)
                 elif target.name != "cpu":  # whose engine itself will be checked
                     with _step(f"check the {name} graph, {dialect}, on what was held out"):
-                        stand_in = scratch / f"{name}.{dialect}.stand-in.onnx"
+                        stand_in = scratch / STAND_IN.format(name=name, dialect=dialect)
                         parity = lowering.check(name, compile_onnxruntime.compile_graph(path, stand_in, CPU)[0])
                 graph = Graph(
                     name=name,
@@ -277,6 +289,16 @@ def _make_graphs(
             files = [package.describe_file(folder.parent, path), shared]
             made.append(msgspec.structs.replace(graph, files=files))
     return made
+
+
+def _runnable(name: GraphName, target: Target, folder: Path, scratch: Path) -> Path:
+    """What ONNX Runtime runs here: the engine, or the graph of an engine for another machine."""
+    if target.name == "cpu":
+        return folder / f"{name}.onnx"
+    stand_in = scratch / STAND_IN.format(name=name, dialect="fused")
+    if not stand_in.exists():
+        compile_onnxruntime.compile_graph(folder / "graphs" / f"{name}.fused.onnx", stand_in, CPU)
+    return stand_in
 
 
 def _specs(values: Sequence[ir.Value], model: package.Model) -> list[TensorSpec]:
@@ -418,6 +440,12 @@ def print_report(made: package.Package) -> None:
         if lines := describe_kept(part.precision.kept):
             Progress.print(f"{part.name}, {part.dialect}, {part.precision.asked}:", highlight=False)
             Progress.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
+    if (told := made.manifest.accuracy) is not None:
+        Progress.print(
+            f"{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
+            f"{told.different} answers differ",
+            highlight=False,
+        )
     for line in made.manifest.allowed_drift:
         Progress.print(f"drift allowed: {line}", highlight=False, markup=False)
     Progress.print(f"{'engine package' if made.manifest.engines else 'bundle'}: {made.folder}", highlight=False)
@@ -452,6 +480,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-workspace", type=compile_tensorrt.mebibytes, metavar="MIB", help=compile_tensorrt.WORKSPACE_HELP
     )
+    parser.add_argument(
+        "--gate-accuracy", type=Path, metavar="DIR", help="questions about videos, to be answered as well as by torch"
+    )
     parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET[-PRECISION] here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
@@ -471,6 +502,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.calib_method,
         options.allow_drift,
         options.max_workspace,
+        options.gate_accuracy,
     )
     print_report(made)
     if options.json:

@@ -64,8 +64,10 @@ class TorchDecoder(Decoder):
         raise NotImplementedError("no engine")
 
 
-def chat_text(artifact: Artifact) -> ChatText:
-    """The artifact's text as the runtime lays it out."""
+def chat_text(artifact: Artifact, table: NDArray | None = None) -> ChatText:
+    """The artifact's text as the runtime lays it out, by default with the artifact's own embeddings."""
+    if table is None:
+        table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
     text, prompt = artifact.text, artifact.prompt
     return ChatText(
         text.tokenizer,
@@ -74,7 +76,7 @@ def chat_text(artifact: Artifact) -> ChatText:
         prompt.unit_prefix,
         prompt.unit_suffix,
         text.end_of_turn,
-        artifact.decoder.model.embed_tokens.weight.detach().numpy(),
+        table,
     )
 
 

@@ -37,6 +37,7 @@ def table_fields(text):
     [
         package.Manifest,
         package.Origin,
+        package.Accuracy,
         package.Model,
         package.Text,
         package.Graph,
