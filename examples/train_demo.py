@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,11 @@ import numpy as np
 import torch
 from clip_smollm2 import assemble
 from footage import backgrounds
-from liteframe.calib.accuracy import accuracies, ask_all, print_accuracies, read_videos
+from liteframe.calib.accuracy import Shown, accuracies, ask_all, print_accuracies, read_videos
 from liteframe.engines.targets import TARGETS
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import describe_model
-from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+from liteframe.export.models.encoder import VideoEncoder
 from liteframe.export.models.liteframe import LiteFrameConfig
 from liteframe.export.torch_engine import respondent
 from liteframe.runtime.cli import guard
@@ -38,24 +39,27 @@ from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.distill import Taught, clip_weights, distil, evaluate, teach
 from liteframe.training.loop import Recipe
-from liteframe.training.samples import write_samples
+from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
 from rich.console import Console
 
-WIDTH, HEADS = 192, 3  # of the student; CLIP's are 768 and 12
-FRAMES, FPS, SIZE = 8, 2.0, 224
+FRAMES, FPS = 8, 2.0
 RATES = (1.0, 2.0, 4.0)  # frames a second of real footage (LiteFrame, Appendix A: 1 to 4)
 FOOTAGE_VIDEO = 0.6  # of real footage, from videos; the rest are photos that are panned over
+Footage = Callable[[str], Backgrounds]
 
 
 @dataclass(frozen=True)
 class Plan:
     """
     Attributes:
+        width, heads: of the student.
         clips, held_out: to distil from, and to judge the student on.
         tested: videos with questions.
     """
 
+    width: int
+    heads: int
     clips: int
     held_out: int
     tested: int
@@ -64,6 +68,8 @@ class Plan:
 
 
 FULL = Plan(
+    width=192,
+    heads=3,
     clips=4096,
     held_out=256,
     tested=400,
@@ -71,6 +77,8 @@ FULL = Plan(
     align=Recipe(steps=6000, batch=4, peak_lr=5e-4, warmup=100),
 )
 SMOKE = Plan(
+    width=192,
+    heads=3,
     clips=64,
     held_out=64,
     tested=4,
@@ -79,62 +87,98 @@ SMOKE = Plan(
 )
 
 
-def clip(split: str, scenery: Backgrounds, number: int) -> NDArray[np.uint8]:
-    """Of four clips two are the halves of a scene, two real footage."""
-    seed, part = divmod(number, 4)
-    if part < 2:
-        return scenes.sample(seed, split, scenery, FRAMES, FPS, SIZE).frames[4 * part : 4 * part + 4]
-    random = np.random.default_rng((scenes.SPLITS.index(split), number, 1))
-    return scenery.sample(random, 4, float(random.choice(RATES)), SIZE, FOOTAGE_VIDEO)
+class Stages:
+    """
+    Args:
+        base: the teacher's artifact, with WAP behind its tower and the language model that is to be aligned.
+        folder: of all that is made.
+        footage: backgrounds of a split.
+        minutes: after which a stage stops, to be gone on with.
+    """
 
+    def __init__(self, base: Path, folder: Path, plan: Plan, footage: Footage, minutes: float):
+        self.base, self.folder, self.plan, self.footage = base, folder, plan, footage
+        self._deadline = time.monotonic() + 60 * minutes
+        self._artifact = load_artifact(base)
+        self._teacher = self._artifact.encoder
+        self._size = self._teacher.config.vit.image_size[0]
+        self._console = Console(stderr=True)
 
-def student_config(teacher: EncoderConfig) -> EncoderConfig:
-    vit = msgspec.structs.replace(
-        teacher.vit, hidden_size=WIDTH, num_attention_heads=HEADS, intermediate_size=4 * WIDTH
-    )
-    return msgspec.structs.replace(teacher, backbone=LiteFrameConfig(vit=vit, head_size=teacher.vit.hidden_size))
+    @property
+    def _minutes(self) -> float:
+        return (self._deadline - time.monotonic()) / 60
 
+    def run(self) -> bool:
+        """Returns whether it came to the end in time."""
+        student = self._student()
+        return self._teach() and self._distil(student) and self._align(student) and self._judge()
 
-def run(folder: Path, plan: Plan, minutes: float) -> bool:
-    """Returns whether it came to the end in time."""
-    deadline = time.monotonic() + 60 * minutes
-    console = Console(stderr=True)
-    base = folder / "clip-smollm2"
-    if not base.exists():
-        assemble(base)
-    teacher = load_artifact(base)
-    for split, count in (("test", plan.held_out), ("train", plan.clips)):
-        for done in teach(teacher.encoder, partial(clip, split, backgrounds(split)), count, folder / "clips" / split):
-            console.print(f"teach: {done} of {count} clips, {split}", end="\r")
-            if time.monotonic() > deadline:
-                return False
-    torch.manual_seed(0)
-    student = VideoEncoder(student_config(teacher.encoder.config))
-    clip_weights(student.backbone, teacher.encoder.backbone)
-    taught = Taught(folder / "clips" / "train")
-    if not distil(student, taught, folder / "distil", plan.distil, minutes=(deadline - time.monotonic()) / 60):
-        return False
-    _, targets = taught.batch(np.arange(0, len(taught), 4))
-    figures = evaluate(student, Taught(folder / "clips" / "test"), targets.flatten(0, 1).mean(0))
-    share = figures["loss"] / figures["of_mean"]
-    console.print(f"distil: held-out loss {share:.3f} of predicting the mean, cosine {figures['cosine']:.3f}")
-    teacher.encoder = student
-    lora, scenery = add_lora(teacher.decoder), backgrounds("train")
-    draw = partial(scenes.sample, split="train", backgrounds=scenery, frames=FRAMES, fps=FPS, size=SIZE)
-    if not align(teacher, lora, draw, folder / "align", plan.align, minutes=(deadline - time.monotonic()) / 60):
-        return False
-    if not (folder / "artifact").exists():
-        write_artifact(base, student, lora, folder / "artifact")
-    questions = folder / "questions"
-    if not questions.exists():
-        scenery = backgrounds("test")
-        write_samples((scenes.sample(n, "test", scenery, FRAMES, FPS, SIZE) for n in range(plan.tested)), questions)
-    artifact = load_artifact(folder / "artifact")
-    trained = respondent(artifact, describe_model(artifact, FRAMES, TARGETS["cpu"]))
-    videos = read_videos(questions, FRAMES, 4, (SIZE, SIZE))
-    rows = {how: accuracies(ask_all(trained, videos, how, progress=how)) for how in ("video", "shuffled", "nothing")}
-    print_accuracies(rows, Console())
-    return True
+    def _student(self) -> VideoEncoder:
+        config = self._teacher.config
+        vit = msgspec.structs.replace(
+            config.vit,
+            hidden_size=self.plan.width,
+            num_attention_heads=self.plan.heads,
+            intermediate_size=4 * self.plan.width,
+        )
+        backbone = LiteFrameConfig(vit=vit, head_size=config.vit.hidden_size)
+        torch.manual_seed(0)
+        student = VideoEncoder(msgspec.structs.replace(config, backbone=backbone))
+        clip_weights(student.backbone, self._teacher.backbone)
+        return student
+
+    def _teach(self) -> bool:
+        for split, count in (("test", self.plan.held_out), ("train", self.plan.clips)):
+            clips = partial(self._clip, split, self.footage(split))
+            for done in teach(self._teacher, clips, count, self.folder / "clips" / split):
+                self._console.print(f"teach: {done} of {count} clips, {split}", end="\r")
+                if self._minutes < 0:
+                    return False
+        return True
+
+    def _clip(self, split: str, scenery: Backgrounds, number: int) -> NDArray[np.uint8]:
+        """Of four clips two are the halves of a scene, two real footage."""
+        seed, part = divmod(number, 4)
+        if part < 2:
+            return self._scene(seed, split, scenery).frames[4 * part : 4 * part + 4]
+        random = np.random.default_rng((scenes.SPLITS.index(split), number, 1))
+        return scenery.sample(random, 4, float(random.choice(RATES)), self._size, FOOTAGE_VIDEO)
+
+    def _scene(self, seed: int, split: str, scenery: Backgrounds) -> Sample:
+        return scenes.sample(seed, split, scenery, FRAMES, FPS, self._size)
+
+    def _distil(self, student: VideoEncoder) -> bool:
+        taught = Taught(self.folder / "clips" / "train")
+        if not distil(student, taught, self.folder / "distil", self.plan.distil, minutes=self._minutes):
+            return False
+        _, targets = taught.batch(np.arange(0, len(taught), 4))
+        figures = evaluate(student, Taught(self.folder / "clips" / "test"), targets.flatten(0, 1).mean(0))
+        share = figures["loss"] / figures["of_mean"]
+        self._console.print(f"distil: held-out loss {share:.3f} of predicting the mean, cosine {figures['cosine']:.3f}")
+        return True
+
+    def _align(self, student: VideoEncoder) -> bool:
+        self._artifact.encoder = student
+        lora, scenery = add_lora(self._artifact.decoder), self.footage("train")
+        draw = partial(self._scene, split="train", scenery=scenery)
+        if not align(self._artifact, lora, draw, self.folder / "align", self.plan.align, minutes=self._minutes):
+            return False
+        if not (self.folder / "artifact").exists():
+            write_artifact(self.base, student, lora, self.folder / "artifact")
+        return True
+
+    def _judge(self) -> bool:
+        questions, scenery = self.folder / "questions", self.footage("test")
+        if not questions.exists():
+            write_samples((self._scene(seed, "test", scenery) for seed in range(self.plan.tested)), questions)
+        artifact = load_artifact(self.folder / "artifact")
+        trained = respondent(artifact, describe_model(artifact, FRAMES, TARGETS["cpu"]))
+        videos = read_videos(
+            questions, FRAMES, artifact.encoder.config.clip_length, artifact.encoder.config.vit.image_size
+        )
+        shown: tuple[Shown, ...] = ("video", "shuffled", "nothing")
+        print_accuracies({s: accuracies(ask_all(trained, videos, s, progress=s)) for s in shown}, Console())
+        return True
 
 
 def main(arguments: list[str]) -> int:
@@ -143,7 +187,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--minutes", type=float, default=120.0, help="after which training ends for now")
     options = parser.parse_args(arguments)
-    done = run(options.folder, SMOKE if options.smoke else FULL, options.minutes)
+    base = options.folder / "clip-smollm2"
+    if not base.exists():
+        assemble(base)
+    done = Stages(base, options.folder, SMOKE if options.smoke else FULL, backgrounds, options.minutes).run()
     print("done" if done else "time is over; the same command goes on")
     return 0
 

@@ -1,0 +1,116 @@
+"""The demo's training, all stages, on a teacher, a language model and videos as small as they can be."""
+
+import json
+import shutil
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+import torch
+from liteframe.engines.package import InputError
+from liteframe.export.artifact import load_artifact
+from liteframe.export.build_engine import build
+from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+from liteframe.export.models.vit import ViTConfig
+from liteframe.training.backgrounds import Backgrounds
+from liteframe.training.loop import Recipe
+from safetensors.torch import load_file, save_file
+from train_demo import Plan, Stages
+
+PLAN = Plan(
+    width=8,
+    heads=1,
+    clips=64,
+    held_out=64,
+    tested=3,
+    distil=Recipe(steps=6, batch=8, peak_lr=1e-3, warmup=2, save_every=2),
+    align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1, save_every=2),
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_artifact, tmp_path_factory):
+    """A frame-wise tower of 24 wide with WAP, before the tiny artifact's language model."""
+    folder = tmp_path_factory.mktemp("train") / "base"
+    shutil.copytree(tiny_artifact, folder)
+    vit = ViTConfig(
+        image_size=(32, 32),
+        patch_size=8,
+        hidden_size=24,
+        num_hidden_layers=8,
+        num_attention_heads=3,
+        intermediate_size=32,
+        layer_scale=False,
+    )
+    torch.manual_seed(0)
+    encoder = VideoEncoder(EncoderConfig(backbone=vit, output_size=24, shuffle=1))
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("decoder.")}
+    tensors |= {f"encoder.{name}": value.detach().clone() for name, value in encoder.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"encoder": msgspec.to_builtins(encoder.config)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for seed, name in enumerate(("a", "b", "c")):
+        photo = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{name}.png"), cv2.resize(photo, (80, 60)))
+    return lambda split: Backgrounds([folder / f"{'abc'[len(split) % 3]}.png"])
+
+
+@pytest.fixture(scope="module")
+def trained(base, footage, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    assert Stages(base, folder, PLAN, footage, minutes=10).run()
+    return folder
+
+
+def test_what_is_trained_is_an_artifact_that_builds(trained, tmp_path):
+    package = build(trained / "artifact", "cpu", tmp_path / "package", frames=8, questions=trained / "questions")
+    assert package.manifest.accuracy.different == 0 and package.manifest.accuracy.questions > 3
+
+
+def test_what_is_written_is_what_was_trained(trained, base):
+    artifact, before = load_artifact(trained / "artifact"), load_artifact(base)
+    checkpoint = torch.load(trained / "align" / "checkpoint.pt", weights_only=True)["parameters"]
+    for name, parameter in artifact.encoder.named_parameters():
+        torch.testing.assert_close(parameter, checkpoint[f"encoder.{name}"].half().float())
+    layer = "model.layers.1.mlp.up_proj"
+    a, b = (checkpoint[f"decoder.{layer}.lora_{half}.default.weight"].half().float() for half in "AB")
+    merged = before.decoder.get_submodule(layer).weight + 2 * b @ a
+    torch.testing.assert_close(artifact.decoder.get_submodule(layer).weight, merged)
+
+
+def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, footage, tmp_path, monkeypatch):
+    import train_demo
+
+    monkeypatch.setattr(train_demo.Stages, "_judge", lambda self: True)
+    for stage, runs in (("_distil", 1), ("_align", 2)):
+        train = train_demo.distil if stage == "_distil" else train_demo.align
+
+        def interrupted(*arguments, train=train, **options):
+            return train(*arguments, **(options | {"minutes": 0.0}))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_demo, stage[1:], interrupted)
+            assert not Stages(base, tmp_path, PLAN, footage, minutes=10).run(), runs
+    assert Stages(base, tmp_path, PLAN, footage, minutes=10).run()
+    for stage in ("distil", "align"):
+        assert (tmp_path / stage / "log.jsonl").read_text() == (trained / stage / "log.jsonl").read_text()
+
+
+def test_time_that_is_over_stops_between_shards(base, footage, tmp_path):
+    assert not Stages(base, tmp_path, PLAN, footage, minutes=0).run()
+    assert len(list((tmp_path / "clips" / "test").glob("*-targets.npy"))) == 1
+
+
+def test_a_base_of_another_layout_is_refused(base, footage, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "qwen2"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="model_type 'qwen2' is not supported"):
+        Stages(tmp_path / "base", tmp_path / "out", PLAN, footage, minutes=10)
