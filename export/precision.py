@@ -293,6 +293,10 @@ def prepare(
     Raises:
         InputError: no or unusable sources, or a cache from other graphs.
     """
+    texts = [source for source in sources if source.suffix.lower() == ".txt"]
+    videos = [source for source in sources if source not in texts]
+    if videos and cache is not None and cache.exists():
+        raise InputError(f"{cache}: exists already, so clips are not needed; leave out --calib, or name a new cache")
     encoder_config = artifact.encoder.config
     shape = encoder_config.clip_length, encoder_config.vit.image_size
     graphs: dict[GraphName, Path] = {"encoder": scratch / "encoder.onnx", "decoder": scratch / "decoder.onnx"}
@@ -308,14 +312,8 @@ def prepare(
     hashes: dict[str, str] = {}
     for name, graph in graphs.items():
         hashes[name] = calibrate.hash_graph(graph, graph.with_suffix(".data"))
-    texts = [source for source in sources if source.suffix.lower() == ".txt"]
-    videos = [source for source in sources if source not in texts]
     calibrations: dict[str, calibrate.Calibration] = {}
     if cache is not None and cache.exists():
-        if videos:
-            raise InputError(
-                f"{cache}: exists already, so clips are not needed; leave out --calib, or name a new cache"
-            )
         clips, calibrations = calibrate.load_cache(cache, hashes)
         if clips.shape[1:4] != (shape[0], *shape[1]):
             raise InputError(
