@@ -27,6 +27,7 @@ SUMMARY = {
     "inspect": "check a package and print what is in it",
     "doctor": "what can be compiled and run on this machine",
     "drift": "where a candidate's layers drift from a reference's",
+    "evaluate": "how many questions about videos are answered right",
 }
 
 

@@ -5,11 +5,15 @@
 
 All questions about a video share what comes before them, and see nothing of each other: each is learned as if it had
 been asked alone, in the text that the runtime lays out.
+
+    python -m liteframe.training.align ARTIFACT QUESTIONS --output FOLDER [--frames 128 256 512] [--steps N] ...
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +23,17 @@ import peft
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ..calib.questions import Question
-from ..export.artifact import Artifact
+from ..calib.questions import Question, read_frames, read_questions
+from ..engines.package import InputError
+from ..export.artifact import Artifact, load_artifact
 from ..export.models.decoder import Decoder, DecoderLayer
-from ..export.models.encoder import VideoEncoder
+from ..export.models.encoder import EncoderConfig, VideoEncoder
 from ..export.torch_engine import chat_text
+from ..runtime.cli import guard
 from ..runtime.text import ChatText
+from .artifact import check_base, write_artifact
 from .loop import Recipe, train
 from .samples import Sample
 
@@ -42,15 +48,6 @@ def add_lora(decoder: Decoder, seed: int = 0) -> peft.LoraModel:
     decoder.requires_grad_(False)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(ADAPTED))
     return peft.LoraModel(decoder, config, "default")
-
-
-def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
-    """In PEFT's format, in FP16: adapter_config.json and adapter_model.safetensors."""
-    state = peft.get_peft_model_state_dict(lora)
-    folder.mkdir()
-    lora.peft_config["default"].save_pretrained(str(folder))
-    tensors = {f"base_model.{name}": value.half().contiguous() for name, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -181,3 +178,56 @@ def align(
             return answer_loss(decoder, rows, encoder(frames))
 
     return train(folder, parameters, loss, recipe, minutes)
+
+
+def draw_from(folder: Path, encoder: EncoderConfig, frames: Sequence[int], seed: int) -> Callable[[int], Sample]:
+    """Samples of a folder of questions: each epoch takes every video once, in an order of its own, and of each as many
+    frames as one of `frames` says, at random (LiteFrame, Appendix A).
+
+    Raises:
+        InputError: the folder holds no questions, or a number of frames is not in whole clips.
+    """
+    videos = list(read_questions(folder).items())
+    for count in frames:
+        if count < 1 or count % encoder.clip_length:
+            raise InputError(f"{count} frames, expected a multiple of {encoder.clip_length}, the frames of a clip")
+
+    def draw(number: int) -> Sample:
+        epoch, place = divmod(number, len(videos))
+        random = np.random.default_rng((seed, epoch))
+        path, questions = videos[random.permutation(len(videos))[place]]
+        most = int(np.random.default_rng((seed, epoch, place)).choice(frames))
+        clips = read_frames(path, most, encoder.clip_length, encoder.vit.image_size)
+        return Sample(clips.reshape(-1, *clips.shape[2:]), 1.0, questions)
+
+    return draw
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="align", description="Teaches an artifact to answer questions about videos (LMA)."
+    )
+    parser.add_argument("artifact", type=Path, help="a LiteFrame folder")
+    parser.add_argument("questions", type=Path, help="a folder with questions.jsonl and the videos it names")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; the artifact is put there, too")
+    parser.add_argument("--frames", type=int, nargs="+", default=[128, 256, 512], help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=4e-5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which training ends for now")
+    options = parser.parse_args(arguments)
+    check_base(options.artifact)
+    artifact = load_artifact(options.artifact)
+    recipe = Recipe(options.steps, options.batch, options.lr)
+    draw = draw_from(options.questions, artifact.encoder.config, options.frames, recipe.seed)
+    lora = add_lora(artifact.decoder)
+    if not align(artifact, lora, draw, options.output / "run", recipe, minutes=options.minutes):
+        print("time is over; the same command goes on")
+    else:
+        write_artifact(options.artifact, artifact.encoder, lora, options.output / "artifact")
+        print(options.output / "artifact")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, sys.argv[1:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import peft
@@ -14,9 +15,35 @@ from safetensors.torch import save_file
 
 from ..engines.package import InputError, new_folder
 from ..export.models.encoder import VideoEncoder
-from .align import save_adapter
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def check_base(base: Path) -> dict[str, Any]:
+    """The config of an artifact that another encoder and a LoRA may be put into.
+
+    Raises:
+        InputError: not a LiteFrame folder, or one that has an adapter already.
+    """
+    path = base / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); expected a LiteFrame folder") from None
+    if not isinstance(config, dict) or config.get("model_type") != "liteframe":
+        raise InputError(f"{path}: not the config of a LiteFrame folder, which training takes; see docs/artifact.md")
+    if (base / "adapter").exists():
+        raise InputError(f"{base / 'adapter'}: there is an adapter already; merge it into the language model first")
+    return config
+
+
+def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
+    """In PEFT's format, in FP16: adapter_config.json and adapter_model.safetensors."""
+    state = peft.get_peft_model_state_dict(lora)
+    folder.mkdir()
+    lora.peft_config["default"].save_pretrained(str(folder))
+    tensors = {f"base_model.{name}": value.half().contiguous() for name, value in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def write_artifact(
@@ -28,14 +55,9 @@ def write_artifact(
         base: a LiteFrame folder; its encoder and adapter are left out.
 
     Raises:
-        InputError: `base` is none, or `output` exists.
+        InputError: see `check_base`; or `output` exists.
     """
-    try:
-        config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{base / CONFIG}: cannot be read as JSON ({error}); expected a LiteFrame folder") from None
-    if config.get("model_type") != "liteframe":
-        raise InputError(f"{base / CONFIG}: model_type is {config.get('model_type')!r}, expected liteframe")
+    config = check_base(base)
     with new_folder(output) as folder:
         for path in sorted(base.iterdir()):
             if path.is_file() and path.suffix not in (".safetensors",) and path.name != CONFIG:

@@ -1,6 +1,6 @@
 """Several packages on the same questions, accuracy beside latency, as a page.
 
-    python training/evaluate.py QUESTIONS NAME=PACKAGE ... --output FOLDER
+    python -m liteframe.training.evaluate QUESTIONS NAME=PACKAGE ... --output FOLDER
 
 The first package is also asked without a video, about one frame, and about the frames in another order. Out come
 accuracy.md, a table by kind of question with 95 % confidence intervals; pareto.png and pareto.svg; accuracy.json.
@@ -14,12 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from liteframe.calib.accuracy import Accuracy, Respondent, Shown, accuracies, ask_all, read_videos
-from liteframe.engines.package import InputError, Package, new_folder, open_package
-from liteframe.runtime.cli import guard
-from liteframe.runtime.plot import COLOURS, GRID, INK, Picture
-from liteframe.runtime.profile import measure
-from liteframe.runtime.session import VideoSession
+from ..calib.accuracy import Accuracy, Respondent, Shown, accuracies, ask_all, read_videos
+from ..engines.package import InputError, Package, new_folder, open_package
+from ..runtime.cli import guard
+from ..runtime.plot import COLOURS, GRID, INK, Picture
+from ..runtime.profile import measure
+from ..runtime.session import VideoSession
 
 WITHOUT: dict[Shown, str] = {"shuffled": "frames shuffled", "frame": "one frame", "nothing": "no video"}
 ITERATIONS, WARMUP = 20, 5

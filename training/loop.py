@@ -20,14 +20,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from ..engines.package import InputError
+from ..engines.package import GateError, InputError
 from ..runtime.plot import Picture
 
 WINDOW = 25  # steps, whose median is looked at
 DIVERGED = 3.0  # times the lowest median so far
 
 
-class Diverged(Exception):
+class Diverged(GateError):
     """The loss is no number, or far above what it was; says which step, and what was kept."""
 
 

@@ -10,11 +10,13 @@ from liteframe.calib.questions import Question
 from liteframe.export.artifact import load_artifact
 from liteframe.export.lora import merge_adapter
 from liteframe.export.torch_engine import chat_text
+from liteframe.runtime.cli import guard
 from liteframe.runtime.conversation import Cache
 from liteframe.runtime.text import ChatText
-from liteframe.training.align import add_lora, align, answer_ids, answer_loss, lay_out, save_adapter
+from liteframe.training.align import add_lora, align, answer_ids, answer_loss, draw_from, lay_out, main
+from liteframe.training.artifact import save_adapter
 from liteframe.training.loop import Recipe
-from liteframe.training.samples import Sample
+from liteframe.training.samples import Sample, write_samples
 
 QUESTIONS = (
     Question("colour", "what colour is the cat?", "red"),
@@ -191,3 +193,45 @@ def test_frozen_parameters_stay(tiny_artifact, tmp_path):
         )
     }
     assert all(equal == name.startswith("backbone.") for name, equal in same.items())
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("align") / "questions"
+    write_samples([samples(number) for number in range(5)], folder)
+    return folder
+
+
+def test_every_epoch_draws_each_video_once_cut_to_a_number_of_frames(questions, artifact):
+    draw = draw_from(questions, artifact.encoder.config, [4, 8], seed=0)
+    drawn = [draw(number) for number in range(20)]
+    assert {len(sample.frames) for sample in drawn} == {4, 8}
+    whole = [draw_from(questions, artifact.encoder.config, [8], seed=0)(number).frames for number in range(20)]
+    orders = [[frames.mean() for frames in whole[start : start + 5]] for start in range(0, 20, 5)]
+    assert all(sorted(order) == sorted(orders[0]) for order in orders) and orders[0] != orders[1]
+
+
+def test_an_artifact_is_aligned_with_a_folder_of_questions(questions, tiny_artifact, tmp_path, capsys):
+    arguments = [str(tiny_artifact), str(questions), "--output", str(tmp_path), "--frames", "4", "8", "--batch", "2"]
+    assert guard(main, [*arguments, "--steps", "3", "--minutes", "0"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert guard(main, [*arguments, "--steps", "3"]) == 0
+    assert capsys.readouterr().out.strip().endswith(str(tmp_path / "artifact"))
+    load_artifact(tmp_path / "artifact")
+    assert guard(main, [str(tmp_path / "artifact"), str(questions), "--output", str(tmp_path / "again")]) == 2
+    assert "there is an adapter already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--frames", "6"], 2, "6 frames, expected a multiple of 4"),
+        (["--frames", "8", "--lr", "1e30", "--steps", "90"], 1, "the loss diverged at step"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_message(questions, tiny_artifact, tmp_path, capsys, options, code, message):
+    arguments = [str(tiny_artifact), str(questions), "--output", str(tmp_path), "--batch", "2"]
+    assert guard(main, [*arguments, *options]) == code
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "artifact").exists()
