@@ -67,7 +67,7 @@ def read_calibration_clips(
             f"{limit} calibration clips from {len(sources)} sources were asked for; one or more of both were expected: "
             "videos like those the model will see."
         )
-    videos = [*{os.path.realpath(video): video for source in sources for video in _videos(source)}.values()]
+    videos = [*{os.path.realpath(video): video for source in sources for video in find_videos(source)}.values()]
     turns = np.random.default_rng(seed).permutation(len(videos))[:limit].tolist()
     shares = _shares({index: _available(videos[index], clip_length, size) for index in turns}, limit)
 
@@ -99,7 +99,7 @@ def save_clips(path: Path, clips: NDArray[np.uint8]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _videos(source: Path) -> list[Path]:
+def find_videos(source: Path) -> list[Path]:
     """Video files, folders of images and saved clips, in an order that does not depend on the file system."""
     if not source.is_dir():
         return [source]

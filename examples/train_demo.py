@@ -22,7 +22,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from clip_smollm2 import assemble
 from footage import backgrounds
 from liteframe.calib.accuracy import Shown, accuracies, ask_all, print_accuracies, read_videos
@@ -37,14 +36,13 @@ from liteframe.training import scenes
 from liteframe.training.align import add_lora, align
 from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
-from liteframe.training.distill import Taught, clip_weights, distil, evaluate, teach
+from liteframe.training.distill import RATES, Taught, distil, evaluate, make_student, mean_target, teach
 from liteframe.training.loop import Recipe
 from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
 from rich.console import Console
 
 FRAMES, FPS = 8, 2.0
-RATES = (1.0, 2.0, 4.0)  # frames a second of real footage (LiteFrame, Appendix A: 1 to 4)
 FOOTAGE_VIDEO = 0.6  # of real footage, from videos; the rest are photos that are panned over
 Footage = Callable[[str], Backgrounds]
 
@@ -122,10 +120,7 @@ class Stages:
             intermediate_size=4 * self.plan.width,
         )
         backbone = LiteFrameConfig(vit=vit, head_size=config.vit.hidden_size)
-        torch.manual_seed(0)
-        student = VideoEncoder(msgspec.structs.replace(config, backbone=backbone))
-        clip_weights(student.backbone, self._teacher.backbone)
-        return student
+        return make_student(self._teacher, backbone)
 
     def _teach(self) -> bool:
         for split, count in (("test", self.plan.held_out), ("train", self.plan.clips)):
@@ -151,8 +146,7 @@ class Stages:
         taught = Taught(self.folder / "clips" / "train")
         if not distil(student, taught, self.folder / "distil", self.plan.distil, minutes=self._minutes):
             return False
-        _, targets = taught.batch(np.arange(0, len(taught), 4))
-        figures = evaluate(student, Taught(self.folder / "clips" / "test"), targets.flatten(0, 1).mean(0))
+        figures = evaluate(student, Taught(self.folder / "clips" / "test"), mean_target(taught))
         share = figures["loss"] / figures["of_mean"]
         self._console.print(f"distil: held-out loss {share:.3f} of predicting the mean, cosine {figures['cosine']:.3f}")
         return True

@@ -1,5 +1,7 @@
 """Compressed-token distillation (CTD): the student learns what WAP makes of its teacher's features.
 
+    python -m liteframe.training.distill TEACHER VIDEO|DIR ... --output FOLDER [--student CONFIG.json] [--steps N] ...
+
     clips ──teacher──▶ features ──WAP──▶ targets ──┐
       └─────────student──────▶ tokens ─────────────┴─▶ mean squared error, of differences clipped
 
@@ -10,24 +12,35 @@ learning them without compression.
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..calib.clips import find_videos
 from ..engines.package import InputError
+from ..export.artifact import load_artifact
 from ..export.models.encoder import VideoEncoder
-from ..export.models.liteframe import LiteFrame
+from ..export.models.liteframe import LiteFrame, LiteFrameConfig
 from ..export.models.vit import VisionTransformer
+from ..runtime.cli import guard
+from ..runtime.clips import resize
+from ..runtime.video import open_video
+from .artifact import check_base, write_artifact
 from .loop import Recipe, train
 
 SHARD = 32  # clips
-MIN_CLIPS = 64
+RATES = (1.0, 2.0, 4.0)  # frames of a clip a second (LiteFrame, Appendix A: 1 to 4)
+MIN_CLIPS, HELD_OUT_EVERY = 64, 10
 DEVIATIONS = 3.0  # beyond which differences are clipped (LiteFrame, Appendix A)
 Objective = Literal["ctd", "rtd", "dense"]
 Clips = Callable[[int], NDArray[np.uint8]]  # number -> uint8 (T, H, W, 3), RGB
@@ -105,7 +118,59 @@ class Taught:
         return order[first - epochs[0] * len(self) :][:batch]
 
 
+def clips_from(videos: Sequence[Path], clip_length: int, size: tuple[int, int], seed: int = 0) -> Clips:
+    """Clips at a random time of a random video, at a random one of RATES.
+
+    Raises, when a clip is read:
+        InputError: a video can't be read.
+    """
+
+    def clip(number: int) -> NDArray[np.uint8]:
+        random = np.random.default_rng((seed, number))
+        path = videos[int(random.integers(len(videos)))]
+        with open_video(path) as source:
+            count = source.frame_count or 0
+            step = source.fps / float(random.choice(RATES))
+            start = random.uniform(0, max(count - (clip_length - 1) * step, 1))
+            wanted = np.minimum(start + step * np.arange(clip_length), max(count - 1, 0)).astype(int).tolist()
+            taken = {}
+            for index, (_, decode) in enumerate(source.frames()):
+                if index in wanted:
+                    taken[index] = resize(decode(), size)
+                if index >= wanted[-1]:
+                    break
+        if len(taken) < len(set(wanted)):
+            raise InputError(f"{path}: ended before frame {wanted[-1] + 1} of {count}; copy or record it again")
+        return np.stack([taken[index] for index in wanted])
+
+    return clip
+
+
 # -- the student -------------------------------------------------------------------------------------------------------
+
+
+def make_student(teacher: VideoEncoder, backbone: LiteFrameConfig, seed: int = 0) -> VideoEncoder:
+    """A student behind which the teacher's projector fits, with its weights clipped from the teacher's.
+
+    Raises:
+        InputError: see `clip_weights`; or the student's tokens are not as many or as wide as the teacher's.
+    """
+    assert isinstance(teacher.backbone, VisionTransformer)
+    torch.manual_seed(seed)
+    try:
+        student = VideoEncoder(msgspec.structs.replace(teacher.config, backbone=backbone))
+    except ValueError as error:
+        raise InputError(f"the student: {error}") from None
+    ours, theirs = student.projector, teacher.projector
+    if (ours.grid, ours.fc1.weight.shape) != (theirs.grid, theirs.fc1.weight.shape):
+        raise InputError(
+            f"the student's tokens are {list(ours.grid)} of {backbone.head_size}, the teacher's compressed ones "
+            f"{list(theirs.grid)} of {teacher.config.vit.hidden_size}; change its strides or head_size"
+        )
+    assert isinstance(student.backbone, LiteFrame)
+    clip_weights(student.backbone, teacher.backbone)
+    ours.load_state_dict(theirs.state_dict())
+    return student
 
 
 def clip_weights(student: LiteFrame, teacher: VisionTransformer) -> None:
@@ -221,3 +286,65 @@ def evaluate(student: VideoEncoder, held_out: Taught, mean: Tensor) -> dict[str,
         cosines.append(nn.functional.cosine_similarity(tokens, targets, dim=-1).mean().item())
     figures = {"loss": errors, "of_mean": of_mean, "cosine": cosines}
     return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="distill", description="Teaches a student its teacher's features (CTD).")
+    parser.add_argument("teacher", type=Path, help="a LiteFrame folder with a frame-wise tower and WAP")
+    parser.add_argument("videos", type=Path, nargs="+", help="videos, and folders of such")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the run; the artifact is put there, too")
+    parser.add_argument("--student", type=Path, help="a LiteFrameConfig as JSON (default: LiteFrame-B)")
+    parser.add_argument("--clips", type=int, default=100_000)
+    parser.add_argument("--held-out", type=int, default=256, help="clips that the student is judged on")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=4e-5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which training ends for now")
+    options = parser.parse_args(arguments)
+    check_base(options.teacher)
+    teacher = load_artifact(options.teacher).encoder
+    if not isinstance(teacher.backbone, VisionTransformer):
+        raise InputError(f"{options.teacher}: is a LiteFrame student; a teacher has a frame-wise tower")
+    student = make_student(teacher, _student_config(options.student, teacher))
+    videos = [video for source in options.videos for video in find_videos(source)]
+    if len(videos) < 2:
+        raise InputError(f"{len(videos)} videos, at least 2 are needed: every tenth is held out")
+    held_out, shown = videos[::HELD_OUT_EVERY], [v for i, v in enumerate(videos) if i % HELD_OUT_EVERY]
+    deadline = time.monotonic() + 60 * options.minutes
+    for split, sources, count in (("held-out", held_out, options.held_out), ("train", shown, options.clips)):
+        clips = clips_from(sources, teacher.config.clip_length, teacher.config.vit.image_size)
+        for _ in teach(teacher, clips, count, options.output / split):
+            if time.monotonic() > deadline:
+                print("time is over; the same command goes on")
+                return 0
+    taught, recipe = Taught(options.output / "train"), Recipe(options.steps, options.batch, options.lr)
+    if not distil(student, taught, options.output / "run", recipe, minutes=(deadline - time.monotonic()) / 60):
+        print("time is over; the same command goes on")
+        return 0
+    figures = evaluate(student, Taught(options.output / "held-out"), mean_target(taught))
+    print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    write_artifact(options.teacher, student, None, options.output / "artifact")
+    print(options.output / "artifact")
+    return 0
+
+
+def mean_target(taught: Taught) -> Tensor:
+    """(C,), of every fourth clip."""
+    _, targets = taught.batch(np.arange(0, len(taught), 4))
+    return targets.flatten(0, -2).mean(0)
+
+
+def _student_config(path: Path | None, teacher: VideoEncoder) -> LiteFrameConfig:
+    if path is not None:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=LiteFrameConfig)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: no LiteFrameConfig ({error}); see docs/artifact.md") from None
+    vit = msgspec.structs.replace(
+        teacher.config.vit, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    )
+    return LiteFrameConfig(vit=vit, head_size=teacher.config.vit.hidden_size)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main, sys.argv[1:]))

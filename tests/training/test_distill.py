@@ -1,21 +1,29 @@
 """Distillation: weights clipped, differences clipped, targets kept, a student that learns."""
 
+import json
+import re
+
+import cv2
 import msgspec
 import numpy as np
 import pytest
 import torch
 from liteframe.engines.package import InputError
+from liteframe.export.artifact import load_artifact
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.liteframe import Downsampling, LiteFrameConfig
 from liteframe.export.models.vit import ViTConfig
+from liteframe.runtime.cli import guard
 from liteframe.training.distill import (
     SHARD,
     Reconstruction,
     Taught,
     clip_weights,
     clipped_error,
+    clips_from,
     distil,
     evaluate,
+    main,
     teach,
 )
 from liteframe.training.loop import Recipe
@@ -195,3 +203,92 @@ def test_a_student_is_judged_beside_one_that_says_the_mean(taught):
     variance = targets.flatten(0, 1).double().numpy().var(0).mean()
     assert figures["loss"] == pytest.approx(figures["of_mean"]) == pytest.approx(variance, rel=1e-4)
     assert -1 <= figures["cosine"] <= 1
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Three videos of 8 frames a second, 5 seconds each, whose light tells the time."""
+    folder = tmp_path_factory.mktemp("videos")
+    for number in range(3):
+        writer = cv2.VideoWriter(str(folder / f"{number}.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 8, (64, 48))
+        for frame in range(40):
+            writer.write(np.full((48, 64, 3), 6 * frame, np.uint8))
+        writer.release()
+    return folder
+
+
+def test_clips_are_taken_at_one_to_four_frames_a_second(videos):
+    clip = clips_from(sorted(videos.iterdir()), 4, (32, 32))
+    steps = []
+    for number in range(30):
+        frames = clip(number)
+        assert frames.shape == (4, 32, 32, 3) and frames.dtype == np.uint8
+        np.testing.assert_array_equal(frames, clip(number))
+        between = np.diff(frames.mean((1, 2, 3))) / 6
+        assert np.ptp(between) < 1.5  # frames, which are rounded
+        steps.append(between.mean())
+    assert {round(step) for step in steps} == {2, 4, 8}
+
+
+def test_a_video_too_short_for_a_clip_repeats_its_last_frame(tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "short.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 8, (64, 48))
+    for frame in range(3):
+        writer.write(np.full((48, 64, 3), 80 * frame, np.uint8))
+    writer.release()
+    frames = clips_from([tmp_path / "short.mp4"], 4, (32, 32))(0)
+    assert frames.shape[0] == 4 and (frames[-1] == frames[-2]).all()
+
+
+CONFIG = {
+    "vit": {
+        "image_size": [32, 32],
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "layer_scale": False,
+    },
+    "downsampling": [{"after": 1, "stride": [2, 2, 2]}, {"after": 2, "stride": [2, 1, 1]}],
+    "head_size": 24,
+}
+
+
+def command(base, videos, folder, config=CONFIG, **options):
+    (folder / "student.json").write_text(json.dumps(config))
+    arguments = [str(base), str(videos), "--output", str(folder / "out"), "--student", str(folder / "student.json")]
+    options = {"clips": 64, "held-out": 64, "steps": 3, "batch": 8} | options
+    return guard(main, [*arguments, *(f"--{name}={value}" for name, value in options.items())])
+
+
+def test_a_teacher_is_distilled_from_videos(base, videos, tmp_path, capsys):
+    assert command(base, videos, tmp_path, minutes=0) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert command(base, videos, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "of_mean" in out and str(tmp_path / "out" / "artifact") in out
+    student, teacher = load_artifact(tmp_path / "out" / "artifact").encoder, load_artifact(base).encoder
+    torch.testing.assert_close(student.projector.fc1.weight, teacher.projector.fc1.weight.half().float())
+    assert student.tokens_per_clip == teacher.tokens_per_clip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"downsampling": [{"after": 1, "stride": [2, 3, 3]}]}, "does not divide the grid"),
+        ({"downsampling": [{"after": 1, "stride": [4, 4, 4]}]}, r"tokens are \[1, 1\] of 24, the teacher's compressed"),
+        ({"head_size": 20}, r"tokens are \[2, 2\] of 20"),
+        ({"unknown": 1}, "no LiteFrameConfig"),
+    ],
+)
+def test_a_student_that_does_not_fit_is_refused(base, videos, tmp_path, capsys, change, message):
+    assert command(base, videos, tmp_path, CONFIG | change) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and "Traceback" not in err and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_teacher_and_too_few_videos_are_refused(base, tiny_artifact, videos, tmp_path, capsys):
+    assert command(tiny_artifact, videos, tmp_path) == 2
+    assert "a teacher has a frame-wise tower" in capsys.readouterr().err
+    assert command(base, videos / "0.mp4", tmp_path) == 2
+    assert "1 videos, at least 2 are needed" in capsys.readouterr().err

@@ -4,18 +4,14 @@ import json
 import shutil
 
 import cv2
-import msgspec
 import numpy as np
 import pytest
 import torch
 from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
-from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-from liteframe.export.models.vit import ViTConfig
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.loop import Recipe
-from safetensors.torch import load_file, save_file
 from train_demo import Plan, Stages
 
 PLAN = Plan(
@@ -27,30 +23,6 @@ PLAN = Plan(
     distil=Recipe(steps=6, batch=8, peak_lr=1e-3, warmup=2, save_every=2),
     align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1, save_every=2),
 )
-
-
-@pytest.fixture(scope="module")
-def base(tiny_artifact, tmp_path_factory):
-    """A frame-wise tower of 24 wide with WAP, before the tiny artifact's language model."""
-    folder = tmp_path_factory.mktemp("train") / "base"
-    shutil.copytree(tiny_artifact, folder)
-    vit = ViTConfig(
-        image_size=(32, 32),
-        patch_size=8,
-        hidden_size=24,
-        num_hidden_layers=8,
-        num_attention_heads=3,
-        intermediate_size=32,
-        layer_scale=False,
-    )
-    torch.manual_seed(0)
-    encoder = VideoEncoder(EncoderConfig(backbone=vit, output_size=24, shuffle=1))
-    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if n.startswith("decoder.")}
-    tensors |= {f"encoder.{name}": value.detach().clone() for name, value in encoder.named_parameters()}
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text()) | {"encoder": msgspec.to_builtins(encoder.config)}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
