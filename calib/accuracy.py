@@ -94,7 +94,9 @@ def ask_all(
             a clip that stands still; "nothing": no video.
     """
     out = []
-    for number, (clips, questions) in enumerate(track(videos, progress, disable=not progress)):
+    for number, (clips, questions) in enumerate(
+        track(videos, progress, disable=not progress, console=Console(stderr=True))
+    ):
         seen = show(clips, shown, np.random.default_rng((seed, number)))
         answers = respondent.answer(seen, [question.text for question in questions])
         out += [Asked(number, question, answer) for question, answer in zip(questions, answers, strict=True)]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -89,7 +90,8 @@ def train(
         _save(folder, parameters, optimizer, recipe, 0)
     deadline = time.monotonic() + minutes * 60
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}")) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console) as progress:
         bar = progress.add_task(folder.name, total=recipe.steps, completed=step, loss=log.median())
         while step < recipe.steps and time.monotonic() < deadline:
             torch.manual_seed(recipe.seed * 1_000_003 + step)
