@@ -107,7 +107,8 @@ def apt(tmp_path, monkeypatch):
     monkeypatch.setenv("LITEFRAME_CACHE", str(tmp_path / "cache"))
     book = DebianAsset("books=1.0-2", "doc/book.txt", hashlib.sha256(FILES["doc/book.txt"]).hexdigest(), "GPL-2")
     monkeypatch.setitem(assets.ASSETS, "book", book)
-    monkeypatch.setitem(assets.ASSETS, "pictures", DebianAsset("books=1.0-2", "stamps", folder_hash(FILES), "GPL-2"))
+    pictures = DebianAsset("books=1.0-2", "stamps", folder_hash(FILES), "GPL-2", captioned=True)
+    monkeypatch.setitem(assets.ASSETS, "pictures", pictures)
 
     class Apt:
         def __init__(self):
