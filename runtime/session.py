@@ -37,6 +37,7 @@ from .video import open_video
 # seconds between frames, beyond which they are no dense clip (LiteFrame, Appendix A: 1 frame a second or more, and
 # cameras are not exact)
 STALL = 2.0
+DENSE = 8  # frames in a file for each that is looked at, up to which decoding costs little beside encoding
 
 
 class VideoSession:
@@ -69,8 +70,8 @@ class VideoSession:
         self._when_full = when_full
         encoder, decoder = self.engines = open_engines(self.package, threads)
         conversation = Conversation(decoder, self._text, self.model)
-        on_cpu = self.package.manifest.target == "cpu"
-        self._pipeline = Pipeline(encoder, conversation, self.model.max_clips, on_cpu, trace)
+        self._takes_turns = self.package.manifest.target == "cpu"
+        self._pipeline = Pipeline(encoder, conversation, self.model.max_clips, self._takes_turns, trace)
         weakref.finalize(self, self._pipeline.close)
         self._frames: HostFrames | DeviceFrames = self._host_frames()
         self._filled = 0  # of the clip that is being pushed
@@ -116,6 +117,8 @@ class VideoSession:
         self.check_frames(wanted)
         self._pipeline.raise_error()
         with open_video(source, fps) as video, self._pushing:
+            if self._takes_turns and video.frame_count is not None and video.frame_count <= DENSE * wanted:
+                video.decode_alone()
             before = self._begin_anew()
             clip = self.model.clip_length
             expected = wanted if video.frame_count is None else min(wanted, video.frame_count)

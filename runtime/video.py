@@ -65,6 +65,10 @@ class VideoSource(ABC):
         camera stops delivering. A file that ends before frame_count simply ends. ValueError if the source is closed.
         """
 
+    def decode_alone(self) -> None:  # noqa: B027 - only files are decoded by threads of their own
+        """To be called before `frames`: decodes in the thread that reads, when it reads, instead of ahead of it in
+        others, which would take the cores from whatever else runs on them."""
+
     def close(self) -> None:  # noqa: B027 - arrays and folders have nothing to release
         """Releases the file or the camera. May be called more than once."""
 
@@ -212,7 +216,7 @@ class _CaptureSource(VideoSource):
 
 class VideoFile(_CaptureSource):
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
+        self.name, self._path = str(path), path
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty (0 bytes); a video file was expected. Copy or record it again.")
         self._capture = _open_file(path)
@@ -232,6 +236,10 @@ class VideoFile(_CaptureSource):
         if last > 0:
             self.fps = (self.frame_count - 1) / last
 
+    def decode_alone(self) -> None:
+        self._capture.release()
+        self._capture = _open_file(self._path, threads=1)
+
     def frames(self) -> Iterator[Frame]:
         index = None
         for index in self._grabbed():
@@ -246,8 +254,10 @@ class VideoFile(_CaptureSource):
         )
 
 
-def _open_file(path: Path) -> cv2.VideoCapture:
-    capture = cv2.VideoCapture(_opencv_name(path), cv2.CAP_FFMPEG)
+def _open_file(path: Path, threads: int | None = None) -> cv2.VideoCapture:
+    """Without `threads` FFmpeg decodes in one for each core."""
+    options = [] if threads is None else [cv2.CAP_PROP_N_THREADS, threads]
+    capture = cv2.VideoCapture(_opencv_name(path), cv2.CAP_FFMPEG, options)
     if not capture.isOpened():
         raise InputError(
             f"{path} can't be opened as a video: it is cut off, damaged, not readable or not a video. A file that "

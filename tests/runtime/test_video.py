@@ -101,6 +101,22 @@ def test_a_file_yields_every_frame_in_order_at_its_time(tmp_path: Path, name: st
     assert all(image.shape == (48, 64, 3) and image.dtype == np.uint8 for _, image in frames)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by /proc")
+def test_a_file_decoded_alone_has_the_same_frames_and_no_threads_of_its_own(tmp_path: Path) -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    path = write_video(tmp_path / "video.mp4")
+    with open_video(path) as source:
+        expected = [decode() for _, decode in source.frames()]
+    before = threads()
+    with open_video(path) as source:
+        source.decode_alone()
+        for image, (_, decode) in zip(expected, source.frames(), strict=True):
+            np.testing.assert_array_equal(decode(), image)
+            assert threads() == before
+
+
 def test_only_the_frames_asked_for_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     capture = plug_in(monkeypatch, FakeCapture(10))
     for index, (_, decode) in enumerate(open_video(0).frames()):
