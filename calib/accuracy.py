@@ -130,6 +130,9 @@ class Accuracy:
     high: float
     questions: int
 
+    def __str__(self) -> str:
+        return f"{self.percent:.1f} ({self.low:.0f}-{self.high:.0f})"
+
 
 def accuracies(asked: Sequence[Asked]) -> dict[str, Accuracy]:
     """Of all questions together, "all", and of each kind."""
@@ -153,7 +156,7 @@ def _accuracy(asked: Sequence[Asked]) -> Accuracy:
 def read_videos(
     folder: Path, most: int, clip_length: int, size: tuple[int, int]
 ) -> list[tuple[NDArray[np.uint8], tuple[Question, ...]]]:
-    """A folder's videos and questions, for `ask_all`. Raises InputError; see `samples.read_questions`."""
+    """A folder's videos and questions, for `ask_all`. Raises InputError; see `read_questions`."""
     return [(read_frames(path, most, clip_length, size), asked) for path, asked in read_questions(folder).items()]
 
 
@@ -164,7 +167,7 @@ def print_accuracies(rows: dict[str, dict[str, Accuracy]], console: Console) -> 
     for kind in kinds:
         table.add_column(kind, justify="right")
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[k].percent:.1f} ({row[k].low:.0f}-{row[k].high:.0f})" for k in kinds))
+        table.add_row(name, *(str(row[k]) for k in kinds))
     console.print(table)
 
 

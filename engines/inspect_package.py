@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .package import Engine, Graph, Kept, Package, TensorSpec, open_package
+from .package import Accuracy, Engine, Graph, Kept, Package, TensorSpec, open_package
 
 
 def main(arguments: list[str]) -> int:
@@ -62,13 +62,17 @@ def _print(package: Package) -> None:
                 table.add_row(way, spec.name, spec.dtype, *sizes)
         console.print(table)
     if (told := manifest.accuracy) is not None:
-        print(
-            f"\n{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
-            f"{told.different} answers differ"
-        )
+        print(f"\n{describe_accuracy(told)}")
     for line in manifest.allowed_drift:
         print(f"\ndrift allowed: {line}")
     print("\nall files are there and match their hashes")
+
+
+def describe_accuracy(told: Accuracy) -> str:
+    return (
+        f"{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
+        f"{told.different} answers differ"
+    )
 
 
 def describe_kept(kept: list[Kept]) -> list[str]:

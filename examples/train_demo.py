@@ -37,7 +37,7 @@ from liteframe.training.align import add_lora, align
 from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.distill import RATES, Taught, distil, evaluate, make_student, mean_target, teach
-from liteframe.training.loop import Recipe
+from liteframe.training.loop import TIME_IS_OVER, Recipe
 from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
 from rich.console import Console
@@ -185,7 +185,7 @@ def main(arguments: list[str]) -> int:
     if not base.exists():
         assemble(base)
     done = Stages(base, options.folder, SMOKE if options.smoke else FULL, backgrounds, options.minutes).run()
-    print("done" if done else "time is over; the same command goes on")
+    print("done" if done else TIME_IS_OVER)
     return 0
 
 

@@ -35,7 +35,7 @@ from ..calib.layers import LayerDrift
 from ..calib.questions import read_questions
 from ..calib.ranges import METHODS
 from ..engines import compile_onnxruntime, compile_tensorrt, package, proof
-from ..engines.inspect_package import describe_kept
+from ..engines.inspect_package import describe_accuracy, describe_kept
 from ..engines.package import (
     Engine,
     File,
@@ -441,11 +441,7 @@ def print_report(made: package.Package) -> None:
             Progress.print(f"{part.name}, {part.dialect}, {part.precision.asked}:", highlight=False)
             Progress.print("\n".join(f"  {line}" for line in lines), highlight=False, markup=False)
     if (told := made.manifest.accuracy) is not None:
-        Progress.print(
-            f"{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
-            f"{told.different} answers differ",
-            highlight=False,
-        )
+        Progress.print(describe_accuracy(told), highlight=False)
     for line in made.manifest.allowed_drift:
         Progress.print(f"drift allowed: {line}", highlight=False, markup=False)
     Progress.print(f"{'engine package' if made.manifest.engines else 'bundle'}: {made.folder}", highlight=False)

@@ -34,7 +34,7 @@ from ..export.torch_engine import chat_text
 from ..runtime.cli import guard
 from ..runtime.text import ChatText
 from .artifact import check_base, write_artifact
-from .loop import Recipe, train
+from .loop import TIME_IS_OVER, Recipe, add_options, recipe_of, train
 from .samples import Sample
 
 RANK, ALPHA, DROPOUT = 4, 8, 0.05  # LiteFrame, Appendix A
@@ -211,18 +211,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("questions", type=Path, help="a folder with questions.jsonl and the videos it names")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; the artifact is put there, too")
     parser.add_argument("--frames", type=int, nargs="+", default=[128, 256, 512], help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=4e-5)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which training ends for now")
+    add_options(parser, batch=128)
     options = parser.parse_args(arguments)
     check_base(options.artifact)
     artifact = load_artifact(options.artifact)
-    recipe = Recipe(options.steps, options.batch, options.lr)
+    recipe = recipe_of(options)
     draw = draw_from(options.questions, artifact.encoder.config, options.frames, recipe.seed)
     lora = add_lora(artifact.decoder)
     if not align(artifact, lora, draw, options.output / "run", recipe, minutes=options.minutes):
-        print("time is over; the same command goes on")
+        print(TIME_IS_OVER)
     else:
         write_artifact(options.artifact, artifact.encoder, lora, options.output / "artifact")
         print(options.output / "artifact")

@@ -60,7 +60,7 @@ def write_artifact(
     config = check_base(base)
     with new_folder(output) as folder:
         for path in sorted(base.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors",) and path.name != CONFIG:
+            if path.is_file() and path.suffix != ".safetensors" and path.name != CONFIG:
                 shutil.copyfile(path, folder / path.name)
         config |= {"encoder": msgspec.to_builtins(encoder.config), "notice": notice}
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -36,7 +36,7 @@ from ..runtime.cli import guard
 from ..runtime.clips import resize
 from ..runtime.video import open_video
 from .artifact import check_base, write_artifact
-from .loop import Recipe, train
+from .loop import TIME_IS_OVER, Recipe, add_options, recipe_of, train
 
 SHARD = 32  # clips
 RATES = (1.0, 2.0, 4.0)  # frames of a clip a second (LiteFrame, Appendix A: 1 to 4)
@@ -247,8 +247,7 @@ def distil(
     assert isinstance(backbone, LiteFrame)
     trained: dict[str, nn.Module] = {"student": backbone}
     _, example = taught.batch(np.array([0]))
-    if recipe.seed is not None:
-        torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
     with torch.no_grad():
         backbone.head.bias.copy_(example.flatten(0, -2).mean(0))
     if objective == "rtd":
@@ -296,10 +295,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--student", type=Path, help="a LiteFrameConfig as JSON (default: LiteFrame-B)")
     parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--held-out", type=int, default=256, help="clips that the student is judged on")
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=4e-5)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after which training ends for now")
+    add_options(parser, batch=512)
     options = parser.parse_args(arguments)
     check_base(options.teacher)
     teacher = load_artifact(options.teacher).encoder
@@ -315,11 +311,11 @@ def main(arguments: list[str]) -> int:
         clips = clips_from(sources, teacher.config.clip_length, teacher.config.vit.image_size)
         for _ in teach(teacher, clips, count, options.output / split):
             if time.monotonic() > deadline:
-                print("time is over; the same command goes on")
+                print(TIME_IS_OVER)
                 return 0
-    taught, recipe = Taught(options.output / "train"), Recipe(options.steps, options.batch, options.lr)
+    taught, recipe = Taught(options.output / "train"), recipe_of(options)
     if not distil(student, taught, options.output / "run", recipe, minutes=(deadline - time.monotonic()) / 60):
-        print("time is over; the same command goes on")
+        print(TIME_IS_OVER)
         return 0
     figures = evaluate(student, Taught(options.output / "held-out"), mean_target(taught))
     print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))

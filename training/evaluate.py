@@ -59,7 +59,7 @@ def write_page(rows: list[Row], output: Path) -> None:
         f"|---|{'---|' * len(kinds)}---|",
     ]
     for row in rows:
-        cells = [f"{a.percent:.1f} ({a.low:.0f}-{a.high:.0f})" for a in map(row.accuracy.get, kinds) if a is not None]
+        cells = [str(row.accuracy[kind]) for kind in kinds]
         lines.append(f"| {row.name} | {' | '.join(cells)} | {'' if row.total_ms is None else f'{row.total_ms:.0f}'} |")
     picture = pareto([row for row in rows if row.total_ms is not None])
     told = [

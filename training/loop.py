@@ -8,6 +8,7 @@ What a step does follows from its number and the seed alone, so a run that was i
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from ..engines.package import GateError, InputError
 from ..runtime.plot import Picture
 
+PEAK_LR = 4e-5  # LiteFrame, Appendix A
 WINDOW = 25  # steps, whose median is looked at
+TIME_IS_OVER = "time is over; the same command goes on"
 DIVERGED = 3.0  # times the lowest median so far
 
 
@@ -42,7 +45,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     steps: int
     batch: int
-    peak_lr: float = 4e-5
+    peak_lr: float = PEAK_LR
     warmup: int = 100
     weight_decay: float = 0.05
     gradient_norm: float = 1.0
@@ -55,6 +58,18 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return self.peak_lr * (step + 1) / self.warmup
         done = (step - self.warmup) / max(self.steps - self.warmup, 1)
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def add_options(parser: argparse.ArgumentParser, batch: int) -> None:
+    """What every stage's command asks of a recipe; the paper's batch differs from stage to stage."""
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=PEAK_LR)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which training ends for now")
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    return Recipe(options.steps, options.batch, options.lr)
 
 
 def train(
