@@ -37,12 +37,14 @@ from liteframe.training.align import add_lora, align
 from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.distill import RATES, Taught, distil, evaluate, make_student, mean_target, teach
-from liteframe.training.loop import TIME_IS_OVER, Recipe
+from liteframe.training.loop import TIME_IS_OVER, Recipe, best_device
 from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
 from rich.console import Console
 
 FRAMES, FPS = 8, 2.0
+ALIGNED_FRAMES = (4, 8)  # of the videos of a step, in turns: in 4, one clip's tokens alone tell what happened
+ALIGNED_QUESTIONS = 6  # about a video, of which the answers are learned
 FOOTAGE_VIDEO = 0.6  # of real footage, from videos; the rest are photos that are panned over
 Footage = Callable[[str], Backgrounds]
 
@@ -98,7 +100,8 @@ class Stages:
         self.base, self.folder, self.plan, self.footage = base, folder, plan, footage
         self._deadline = time.monotonic() + 60 * minutes
         self._artifact = load_artifact(base)
-        self._teacher = self._artifact.encoder
+        self._artifact.decoder.to(best_device())
+        self._teacher = self._artifact.encoder.to(best_device())
         self._size = self._teacher.config.vit.image_size[0]
         self._console = Console(stderr=True)
 
@@ -120,7 +123,7 @@ class Stages:
             intermediate_size=4 * self.plan.width,
         )
         backbone = LiteFrameConfig(vit=vit, head_size=config.vit.hidden_size)
-        return make_student(self._teacher, backbone)
+        return make_student(self._teacher, backbone).to(best_device())
 
     def _teach(self) -> bool:
         for split, count in (("test", self.plan.held_out), ("train", self.plan.clips)):
@@ -142,6 +145,10 @@ class Stages:
     def _scene(self, seed: int, split: str, scenery: Backgrounds) -> Sample:
         return scenes.sample(seed, split, scenery, FRAMES, FPS, self._size)
 
+    def _asked(self, seed: int, scenery: Backgrounds) -> Sample:
+        frames = ALIGNED_FRAMES[seed // self.plan.align.batch % len(ALIGNED_FRAMES)]
+        return scenes.sample(seed, "train", scenery, frames, FPS, self._size, ALIGNED_QUESTIONS)
+
     def _distil(self, student: VideoEncoder) -> bool:
         taught = Taught(self.folder / "clips" / "train")
         if not distil(student, taught, self.folder / "distil", self.plan.distil, minutes=self._minutes):
@@ -153,8 +160,9 @@ class Stages:
 
     def _align(self, student: VideoEncoder) -> bool:
         self._artifact.encoder = student
-        lora, scenery = add_lora(self._artifact.decoder), self.footage("train")
-        draw = partial(self._scene, split="train", scenery=scenery)
+        # of two cores, dropout on every linear layer takes a quarter; no scene comes twice, and nothing is overfitted
+        lora = add_lora(self._artifact.decoder, dropout=0.0)
+        draw = partial(self._asked, scenery=self.footage("train"))
         if not align(self._artifact, lora, draw, self.folder / "align", self.plan.align, minutes=self._minutes):
             return False
         if not (self.folder / "artifact").exists():

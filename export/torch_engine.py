@@ -67,7 +67,7 @@ class TorchDecoder(Decoder):
 def chat_text(artifact: Artifact, table: NDArray | None = None) -> ChatText:
     """The artifact's text as the runtime lays it out, by default with the artifact's own embeddings."""
     if table is None:
-        table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
+        table = artifact.decoder.model.embed_tokens.weight.detach().cpu().numpy()
     text, prompt = artifact.text, artifact.prompt
     return ChatText(
         text.tokenizer,

@@ -34,7 +34,7 @@ from ..export.torch_engine import chat_text
 from ..runtime.cli import guard
 from ..runtime.text import ChatText
 from .artifact import check_base, write_artifact
-from .loop import TIME_IS_OVER, Recipe, add_options, recipe_of, train
+from .loop import TIME_IS_OVER, Recipe, add_options, best_device, recipe_of, train
 from .samples import Sample
 
 RANK, ALPHA, DROPOUT = 4, 8, 0.05  # LiteFrame, Appendix A
@@ -42,11 +42,11 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 VISUAL, PREFIX = -1, 0
 
 
-def add_lora(decoder: Decoder, seed: int = 0) -> peft.LoraModel:
+def add_lora(decoder: Decoder, seed: int = 0, dropout: float = DROPOUT) -> peft.LoraModel:
     """Freezes the decoder but for a LoRA on every linear layer of its blocks, which starts as no change."""
     torch.manual_seed(seed)
     decoder.requires_grad_(False)
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=list(ADAPTED))
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(ADAPTED))
     return peft.LoraModel(decoder, config, "default")
 
 
@@ -104,7 +104,8 @@ def answer_loss(decoder: Decoder, rows: Sequence[Row], visual_tokens: Tensor) ->
 
     def padded(name: str, value: int) -> Tensor:
         values = [getattr(row, name) for row in rows]
-        return torch.from_numpy(np.stack([np.pad(v, (0, length - len(v)), constant_values=value) for v in values]))
+        array = np.stack([np.pad(v, (0, length - len(v)), constant_values=value) for v in values])
+        return torch.from_numpy(array).to(visual_tokens.device)
 
     ids, positions = padded("ids", 0), padded("positions", 0)
     branches, labels = padded("branches", -1), padded("labels", -100)
@@ -117,7 +118,7 @@ def answer_loss(decoder: Decoder, rows: Sequence[Row], visual_tokens: Tensor) ->
 
 def visible(branches: Tensor) -> Tensor:
     """Which positions each may attend to: those before it, of the prefix and its own branch. (B, S) -> (B, 1, S, S)"""
-    before = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
+    before = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool, device=branches.device).tril()
     same = branches[:, :, None] == branches[:, None, :]
     return (before & (same | (branches == PREFIX)[:, None, :]))[:, None]
 
@@ -168,13 +169,14 @@ def align(
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(not frozen(name))
     text, encode = chat_text(artifact), answer_ids(artifact)
+    device = next(encoder.parameters()).device
 
     def loss(step: int) -> Tensor:
         samples = [draw(step * recipe.batch + i) for i in range(recipe.batch)]
         clips = [sample.frames.reshape(-1, encoder.config.clip_length, *sample.frames.shape[1:]) for sample in samples]
-        frames = torch.from_numpy(np.concatenate(clips))
+        frames = torch.from_numpy(np.concatenate(clips)).to(device)
         rows = [lay_out(text, encode, s.questions, encoder, len(c)) for s, c in zip(samples, clips, strict=True)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return answer_loss(decoder, rows, encoder(frames))
 
     return train(folder, parameters, loss, recipe, minutes)
@@ -217,6 +219,8 @@ def main(arguments: list[str]) -> int:
     artifact = load_artifact(options.artifact)
     recipe = recipe_of(options)
     draw = draw_from(options.questions, artifact.encoder.config, options.frames, recipe.seed)
+    artifact.encoder.to(best_device())
+    artifact.decoder.to(best_device())
     lora = add_lora(artifact.decoder)
     if not align(artifact, lora, draw, options.output / "run", recipe, minutes=options.minutes):
         print(TIME_IS_OVER)

@@ -42,7 +42,7 @@ def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
     state = peft.get_peft_model_state_dict(lora)
     folder.mkdir()
     lora.peft_config["default"].save_pretrained(str(folder))
-    tensors = {f"base_model.{name}": value.half().contiguous() for name, value in state.items()}
+    tensors = {f"base_model.{name}": value.half().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
@@ -64,7 +64,7 @@ def write_artifact(
                 shutil.copyfile(path, folder / path.name)
         config |= {"encoder": msgspec.to_builtins(encoder.config), "notice": notice}
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        tensors = {f"encoder.{name}": value.detach().half() for name, value in encoder.named_parameters()}
+        tensors = {f"encoder.{name}": value.detach().half().cpu() for name, value in encoder.named_parameters()}
         save_file({name: value.contiguous() for name, value in {**_decoder(base), **tensors}.items()}, folder / WEIGHTS)
         if lora is not None:
             save_adapter(lora, folder / "adapter")

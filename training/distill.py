@@ -36,7 +36,7 @@ from ..runtime.cli import guard
 from ..runtime.clips import resize
 from ..runtime.video import open_video
 from .artifact import check_base, write_artifact
-from .loop import TIME_IS_OVER, Recipe, add_options, recipe_of, train
+from .loop import TIME_IS_OVER, Recipe, add_options, best_device, recipe_of, train
 
 SHARD = 32  # clips
 RATES = (1.0, 2.0, 4.0)  # frames of a clip a second (LiteFrame, Appendix A: 1 to 4)
@@ -72,9 +72,14 @@ def teach(teacher: VideoEncoder, clips: Clips, count: int, folder: Path, dense: 
 @torch.inference_mode()
 def _features(teacher: VideoEncoder, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     assert teacher.reducer is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        dense = teacher.dense(torch.from_numpy(frames)).float()
-    return dense.half().numpy(), teacher.reducer(dense).flatten(1, 2).half().numpy()
+    device = _device(teacher)
+    with torch.autocast(device.type, torch.bfloat16):
+        dense = teacher.dense(torch.from_numpy(frames).to(device)).float()
+    return dense.half().cpu().numpy(), teacher.reducer(dense).flatten(1, 2).half().cpu().numpy()
+
+
+def _device(encoder: VideoEncoder) -> torch.device:
+    return next(encoder.parameters()).device
 
 
 def _save(path: Path, array: NDArray) -> None:
@@ -246,18 +251,19 @@ def distil(
     backbone = student.backbone
     assert isinstance(backbone, LiteFrame)
     trained: dict[str, nn.Module] = {"student": backbone}
+    device = _device(student)
     _, example = taught.batch(np.array([0]))
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
         backbone.head.bias.copy_(example.flatten(0, -2).mean(0))
     if objective == "rtd":
         t, h, w = backbone.config.grids()[0]
-        trained["decoder"] = Reconstruction(example.shape[-1], backbone.config.grids()[-1], (t, h, w))
+        trained["decoder"] = Reconstruction(example.shape[-1], backbone.config.grids()[-1], (t, h, w)).to(device)
     parameters = {f"{name}.{n}": p for name, module in trained.items() for n, p in module.named_parameters()}
 
     def loss(step: int) -> Tensor:
-        frames, targets = taught.batch(taught.drawn(step, recipe.batch, recipe.seed))
-        with torch.autocast("cpu", torch.bfloat16):
+        frames, targets = (x.to(device) for x in taught.batch(taught.drawn(step, recipe.batch, recipe.seed)))
+        with torch.autocast(device.type, torch.bfloat16):
             tokens = student.dense(frames)
             if objective == "rtd":
                 tokens = trained["decoder"](tokens.flatten(1, 2))
@@ -277,9 +283,10 @@ def evaluate(student: VideoEncoder, held_out: Taught, mean: Tensor) -> dict[str,
         `loss`, mean squared error; `of_mean`, of predicting the mean; `cosine` between tokens and targets, on average.
     """
     errors, of_mean, cosines = [], [], []
+    device = _device(student)
     for start in range(0, len(held_out), SHARD):
         frames, targets = held_out.batch(np.arange(start, min(start + SHARD, len(held_out))))
-        tokens = student.dense(frames).flatten(1, 2)
+        tokens = student.dense(frames.to(device)).flatten(1, 2).cpu()
         errors.append((tokens - targets).square().mean().item())
         of_mean.append((mean - targets).square().mean().item())
         cosines.append(nn.functional.cosine_similarity(tokens, targets, dim=-1).mean().item())
@@ -301,7 +308,8 @@ def main(arguments: list[str]) -> int:
     teacher = load_artifact(options.teacher).encoder
     if not isinstance(teacher.backbone, VisionTransformer):
         raise InputError(f"{options.teacher}: is a LiteFrame student; a teacher has a frame-wise tower")
-    student = make_student(teacher, _student_config(options.student, teacher))
+    student = make_student(teacher, _student_config(options.student, teacher)).to(best_device())
+    teacher.to(best_device())
     videos = [video for source in options.videos for video in find_videos(source)]
     if len(videos) < 2:
         raise InputError(f"{len(videos)} videos, at least 2 are needed: every tenth is held out")

@@ -60,6 +60,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def best_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def add_options(parser: argparse.ArgumentParser, batch: int) -> None:
     """What every stage's command asks of a recipe; the paper's batch differs from stage to stage."""
     parser.add_argument("--steps", type=int, default=10_000)
@@ -203,7 +208,7 @@ def _resume(
     if not path.exists():
         return 0
     try:
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         theirs, step, optimizer_state = content["parameters"], int(content["step"]), content["optimizer"]
         made_by = msgspec.json.decode(content["recipe"], type=Recipe)
     except Exception as error:  # of many kinds, whichever way a file is damaged

@@ -4,7 +4,7 @@
                      └────────ask────────▶ questions whose answers follow from it
 
 Some answers are in any frame (colour, shape, count), some only in the order of frames (direction, order, change,
-speed). About what is not there the answer is that one can't tell.
+speed, event). About what is not there the answer is that one can't tell.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ UNKNOWN = "I can't tell."
 SPLITS = ("train", "validation", "test")
 VIDEO_SHARE = 0.4  # of backgrounds, from videos
 EMPTY_SHARE = 0.04  # of scenes, without things
-QUESTIONS = 4  # about a scene, at most
 RADII = (0.09, 0.14)  # of the frame's side
 FASTER = 2.2  # times as fast, at least
 
@@ -223,14 +222,14 @@ def _outline(shape: str) -> NDArray[np.float64]:
 # -- questions ---------------------------------------------------------------------------------------------------------
 
 
-def ask(scene: Scene, random: np.random.Generator) -> tuple[Question, ...]:
-    """At most QUESTIONS of those that the scene answers, the rarer kinds first; now and then one that it does not."""
+def ask(scene: Scene, random: np.random.Generator, most: int) -> tuple[Question, ...]:
+    """At most so many of those that the scene answers, the rarer kinds first; now and then one that it does not."""
     asked = [_unanswerable(scene, random)] if not scene.things or random.random() < 0.15 else []
     possible = _answerable(scene, random)
     kinds = [question.kind for question in possible]
     order = sorted(random.permutation(len(possible)), key=lambda i: RARITY[kinds[i]])
     asked += [possible[i] for i in order]
-    return tuple(asked[:QUESTIONS])
+    return tuple(asked[:most])
 
 
 def _answerable(scene: Scene, random: np.random.Generator) -> list[Question]:
@@ -259,7 +258,21 @@ def _answerable(scene: Scene, random: np.random.Generator) -> list[Question]:
         one, other = random.permutation([thing.name for thing in things])
         fastest = max(things, key=lambda thing: thing.speed).name
         add("speed", fastest, f"Which moves faster, the {one} or the {other}?", f"Which is faster, {one} or {other}?")
+    add("event" if things else "unknown", _event(scene), "What happens?", "What happens in the video?")
     return out
+
+
+def _event(scene: Scene) -> str:
+    moving = sorted((thing for thing in scene.things if thing.direction), key=lambda thing: -thing.speed)
+    if moving:
+        return ", ".join(f"the {thing.name} moves {thing.direction}" for thing in moving).capitalize() + "."
+    if scene.plot == "follow":
+        first, second = sorted(scene.things, key=lambda thing: thing.appears)
+        return f"The {first.name} appears, then the {second.name}."
+    if scene.plot == "change":
+        (changing,) = (thing for thing in scene.things if thing.appears > 0 or thing.disappears < 1)
+        return f"The {changing.name} {'appears' if changing.appears > 0 else 'disappears'}."
+    return "Nothing moves." if scene.things else UNKNOWN
 
 
 def _unanswerable(scene: Scene, random: np.random.Generator) -> Question:
@@ -275,18 +288,20 @@ def _unanswerable(scene: Scene, random: np.random.Generator) -> Question:
     return Question("unknown", str(random.choice(texts)), UNKNOWN)
 
 
-RARITY = {"order": 0, "speed": 0, "count": 0, "change": 0, "direction": 1, "colour": 2, "shape": 2, "unknown": 3}
+RARITY = dict.fromkeys(("order", "speed", "count", "change"), 0) | dict.fromkeys(("direction", "event"), 1)
+RARITY |= dict.fromkeys(("colour", "shape"), 2) | {"unknown": 3}
 
 
 def sample(
-    seed: int, split: str, backgrounds: Backgrounds, frames: int = 8, fps: float = 2.0, size: int = 224
+    seed: int, split: str, backgrounds: Backgrounds, frames: int = 8, fps: float = 2.0, size: int = 224, most: int = 4
 ) -> Sample:
-    """The video and the questions of a seed.
+    """The video of a seed, and at most so many questions.
 
     Raises:
         ValueError: an unknown split.
     """
-    random = np.random.default_rng((SPLITS.index(split), seed))
+    seeds = SPLITS.index(split), seed
+    random = np.random.default_rng(seeds)
     scene = draw(random, split)
-    questions = ask(scene, random)
-    return Sample(render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE)), fps, questions)
+    shown = render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE))
+    return Sample(shown, fps, ask(scene, np.random.default_rng((*seeds, 1)), most))
