@@ -166,7 +166,7 @@ class Stages:
         if not align(self._artifact, lora, draw, self.folder / "align", self.plan.align, minutes=self._minutes):
             return False
         if not (self.folder / "artifact").exists():
-            write_artifact(self.base, student, lora, self.folder / "artifact")
+            write_artifact(self.base, self._artifact, lora, self.folder / "artifact")
         return True
 
     def _judge(self) -> bool:

@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="align", description="Teaches an artifact to answer questions about videos (LMA)."
     )
-    parser.add_argument("artifact", type=Path, help="a LiteFrame folder")
+    parser.add_argument("artifact", type=Path, help="an artifact, as export/build_engine.py takes it")
     parser.add_argument("questions", type=Path, help="a folder with questions.jsonl and the videos it names")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; the artifact is put there, too")
     parser.add_argument("--frames", type=int, nargs="+", default=[128, 256, 512], help="(default: %(default)s)")
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
     if not align(artifact, lora, draw, options.output / "run", recipe, minutes=options.minutes):
         print(TIME_IS_OVER)
     else:
-        write_artifact(options.artifact, artifact.encoder, lora, options.output / "artifact")
+        write_artifact(options.artifact, artifact, lora, options.output / "artifact")
         print(options.output / "artifact")
     return 0
 

@@ -14,27 +14,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..engines.package import InputError, new_folder
+from ..export.artifact import Artifact
+from ..export.checkpoint import Checkpoint
+from ..export.layouts import HfNames, LiteFrameNames, OriginalNames
+from ..export.models.decoder import Decoder
 from ..export.models.encoder import VideoEncoder
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def check_base(base: Path) -> dict[str, Any]:
-    """The config of an artifact that another encoder and a LoRA may be put into.
-
-    Raises:
-        InputError: not a LiteFrame folder, or one that has an adapter already.
-    """
-    path = base / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); expected a LiteFrame folder") from None
-    if not isinstance(config, dict) or config.get("model_type") != "liteframe":
-        raise InputError(f"{path}: not the config of a LiteFrame folder, which training takes; see docs/artifact.md")
+def check_base(base: Path) -> None:
+    """Raises InputError when the artifact has an adapter already, beside which no other could be put."""
     if (base / "adapter").exists():
         raise InputError(f"{base / 'adapter'}: there is an adapter already; merge it into the language model first")
-    return config
 
 
 def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
@@ -46,33 +38,57 @@ def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def write_artifact(
-    base: Path, encoder: VideoEncoder, lora: peft.LoraModel | None, output: Path, notice: str = ""
-) -> None:
-    """The base's language model, with this encoder in FP16, and this adapter.
+def write_artifact(base: Path, artifact: Artifact, lora: peft.LoraModel | None, output: Path, notice: str = "") -> None:
+    """A LiteFrame folder: the base's language model and tokenizer, this encoder in FP16, this adapter.
 
     Args:
-        base: a LiteFrame folder; its encoder and adapter are left out.
+        base: where the artifact was loaded from; its own encoder is left out.
 
     Raises:
         InputError: see `check_base`; or `output` exists.
     """
-    config = check_base(base)
+    check_base(base)
+    config = json.loads((base / CONFIG).read_text(encoding="utf-8"))
     with new_folder(output) as folder:
         for path in sorted(base.iterdir()):
-            if path.is_file() and path.suffix != ".safetensors" and path.name != CONFIG:
+            if path.is_file() and ".safetensors" not in path.name and path.name != CONFIG:
                 shutil.copyfile(path, folder / path.name)
-        config |= {"encoder": msgspec.to_builtins(encoder.config), "notice": notice}
-        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-        tensors = {f"encoder.{name}": value.detach().half().cpu() for name, value in encoder.named_parameters()}
-        save_file({name: value.contiguous() for name, value in {**_decoder(base), **tensors}.items()}, folder / WEIGHTS)
+        ours = {**_liteframe(config), "encoder": _as_trained(artifact.encoder), "notice": notice}
+        (folder / CONFIG).write_text(json.dumps(ours, indent=1), encoding="utf-8")
+        tensors = _decoder(base, config["model_type"], artifact.decoder)
+        tensors |= {f"encoder.{n}": p.detach().half().cpu() for n, p in artifact.encoder.named_parameters()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
         if lora is not None:
             save_adapter(lora, folder / "adapter")
 
 
-def _decoder(base: Path) -> dict[str, torch.Tensor]:
-    out: dict[str, torch.Tensor] = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            out |= {name: file.get_tensor(name) for name in file.keys() if name.startswith("decoder.")}  # noqa: SIM118
+def _liteframe(config: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact's config says of all but its encoder, as a LiteFrame folder says it."""
+    if config["model_type"] == "liteframe":
+        return config
+    text = config["text_config" if config["model_type"] == "internvl" else "llm_config"]
+    tied = bool(text.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    return {"model_type": "liteframe", "version": 1, "decoder": {**text, "tie_word_embeddings": tied}}
+
+
+def _as_trained(encoder: VideoEncoder) -> Any:
+    """Its config; position embeddings are those of the size it runs at."""
+    config = msgspec.to_builtins(encoder.config)
+    backbone = config["backbone"]
+    backbone.get("vit", backbone)["pretrained_image_size"] = None
+    return config
+
+
+def _decoder(base: Path, model_type: str, decoder: Decoder) -> dict[str, torch.Tensor]:
+    """The language model's tensors as the base stores them; of a GGUF file none, which is a file of its own."""
+    checkpoint = Checkpoint(base)
+    names: LiteFrameNames | OriginalNames | HfNames = OriginalNames()
+    if model_type != "internvl_chat":
+        names = LiteFrameNames() if model_type == "liteframe" else HfNames(checkpoint.files)
+    out = {}
+    for parameter in (n.replace(".base_layer", "") for n, _ in decoder.named_parameters() if ".lora_" not in n):
+        (stored,) = names.decoder(parameter)
+        if stored in checkpoint:
+            with safe_open(checkpoint.files[stored], "pt") as file:
+                out[f"decoder.{parameter}"] = file.get_tensor(stored)
     return out

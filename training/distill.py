@@ -296,7 +296,7 @@ def evaluate(student: VideoEncoder, held_out: Taught, mean: Tensor) -> dict[str,
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="distill", description="Teaches a student its teacher's features (CTD).")
-    parser.add_argument("teacher", type=Path, help="a LiteFrame folder with a frame-wise tower and WAP")
+    parser.add_argument("teacher", type=Path, help="an artifact with a frame-wise tower and WAP")
     parser.add_argument("videos", type=Path, nargs="+", help="videos, and folders of such")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run; the artifact is put there, too")
     parser.add_argument("--student", type=Path, help="a LiteFrameConfig as JSON (default: LiteFrame-B)")
@@ -305,7 +305,8 @@ def main(arguments: list[str]) -> int:
     add_options(parser, batch=512)
     options = parser.parse_args(arguments)
     check_base(options.teacher)
-    teacher = load_artifact(options.teacher).encoder
+    artifact = load_artifact(options.teacher)
+    teacher = artifact.encoder
     if not isinstance(teacher.backbone, VisionTransformer):
         raise InputError(f"{options.teacher}: is a LiteFrame student; a teacher has a frame-wise tower")
     student = make_student(teacher, _student_config(options.student, teacher)).to(best_device())
@@ -327,7 +328,8 @@ def main(arguments: list[str]) -> int:
         return 0
     figures = evaluate(student, Taught(options.output / "held-out"), mean_target(taught))
     print(", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-    write_artifact(options.teacher, student, None, options.output / "artifact")
+    artifact.encoder = student
+    write_artifact(options.teacher, artifact, None, options.output / "artifact")
     print(options.output / "artifact")
     return 0
 

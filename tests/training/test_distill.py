@@ -27,6 +27,7 @@ from liteframe.training.distill import (
     teach,
 )
 from liteframe.training.loop import Recipe
+from published import publish
 
 TEACHER = ViTConfig(
     image_size=(32, 32),
@@ -270,6 +271,17 @@ def test_a_teacher_is_distilled_from_videos(base, videos, tmp_path, capsys):
     student, teacher = load_artifact(tmp_path / "out" / "artifact").encoder, load_artifact(base).encoder
     torch.testing.assert_close(student.projector.fc1.weight, teacher.projector.fc1.weight.half().float())
     assert student.tokens_per_clip == teacher.tokens_per_clip
+
+
+def test_a_published_internvl_is_a_teacher(videos, small_bpe, tmp_path):
+    base = publish(tmp_path / "internvl", "original", small_bpe)
+    vit = {"image_size": [56, 56], "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CONFIG | {"vit": vit | {"intermediate_size": 32}, "head_size": 32}
+    assert command(base, videos, tmp_path, config) == 0
+    student, teacher = load_artifact(tmp_path / "out" / "artifact"), load_artifact(base)
+    assert student.encoder.tokens_per_clip == teacher.encoder.tokens_per_clip == 1
+    assert student.prompt == teacher.prompt and "<img>" in student.prompt.unit_prefix
+    torch.testing.assert_close(student.decoder.state_dict(), teacher.decoder.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
