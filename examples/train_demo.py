@@ -36,7 +36,7 @@ from liteframe.training import scenes
 from liteframe.training.align import add_lora, align
 from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
-from liteframe.training.distill import RATES, Taught, distil, evaluate, make_student, mean_target, teach
+from liteframe.training.distill import RATES, Objective, Taught, distil, evaluate, make_student, mean_target, teach
 from liteframe.training.loop import TIME_IS_OVER, Recipe, best_device
 from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
@@ -70,11 +70,11 @@ class Plan:
 FULL = Plan(
     width=192,
     heads=3,
-    clips=4096,
+    clips=2304,
     held_out=256,
     tested=400,
-    distil=Recipe(steps=1600, batch=32, peak_lr=1e-3, warmup=100),
-    align=Recipe(steps=6000, batch=4, peak_lr=5e-4, warmup=100),
+    distil=Recipe(steps=1000, batch=32, peak_lr=1e-3, warmup=100),
+    align=Recipe(steps=4000, batch=4, peak_lr=5e-4, warmup=100),
 )
 SMOKE = Plan(
     width=192,
@@ -99,10 +99,7 @@ class Stages:
     def __init__(self, base: Path, folder: Path, plan: Plan, footage: Footage, minutes: float):
         self.base, self.folder, self.plan, self.footage = base, folder, plan, footage
         self._deadline = time.monotonic() + 60 * minutes
-        self._artifact = load_artifact(base)
-        self._artifact.decoder.to(best_device())
-        self._teacher = self._artifact.encoder.to(best_device())
-        self._size = self._teacher.config.vit.image_size[0]
+        self.teacher = load_artifact(base).encoder.to(best_device())
         self._console = Console(stderr=True)
 
     @property
@@ -111,11 +108,16 @@ class Stages:
 
     def run(self) -> bool:
         """Returns whether it came to the end in time."""
-        student = self._student()
-        return self._teach() and self._distil(student) and self._align(student) and self._judge()
+        folder, student = self.folder, self.student()
+        return (
+            self.teach(self.teacher, folder / "clips")
+            and self.distil(student, folder / "clips", folder / "distil")
+            and self.align(student, folder / "align", folder / "artifact")
+            and self.judge(folder / "artifact")
+        )
 
-    def _student(self) -> VideoEncoder:
-        config = self._teacher.config
+    def student(self) -> VideoEncoder:
+        config = self.teacher.config
         vit = msgspec.structs.replace(
             config.vit,
             hidden_size=self.plan.width,
@@ -123,64 +125,77 @@ class Stages:
             intermediate_size=4 * self.plan.width,
         )
         backbone = LiteFrameConfig(vit=vit, head_size=config.vit.hidden_size)
-        return make_student(self._teacher, backbone).to(best_device())
+        return make_student(self.teacher, backbone).to(best_device())
 
-    def _teach(self) -> bool:
+    def teach(self, teacher: VideoEncoder, folder: Path, dense: bool = False) -> bool:
         for split, count in (("test", self.plan.held_out), ("train", self.plan.clips)):
-            clips = partial(self._clip, split, self.footage(split))
-            for done in teach(self._teacher, clips, count, self.folder / "clips" / split):
+            clips = partial(self._clip, split, self.footage(split), teacher.config.vit.image_size[0])
+            for done in teach(teacher, clips, count, folder / split, dense):
                 self._console.print(f"teach: {done} of {count} clips, {split}", end="\r")
                 if self._minutes < 0:
                     return False
         return True
 
-    def _clip(self, split: str, scenery: Backgrounds, number: int) -> NDArray[np.uint8]:
+    def _clip(self, split: str, scenery: Backgrounds, size: int, number: int) -> NDArray[np.uint8]:
         """Of four clips two are the halves of a scene, two real footage."""
         seed, part = divmod(number, 4)
         if part < 2:
-            return self._scene(seed, split, scenery).frames[4 * part : 4 * part + 4]
+            return scenes.sample(seed, split, scenery, FRAMES, FPS, size).frames[4 * part : 4 * part + 4]
         random = np.random.default_rng((scenes.SPLITS.index(split), number, 1))
-        return scenery.sample(random, 4, float(random.choice(RATES)), self._size, FOOTAGE_VIDEO)
+        return scenery.sample(random, 4, float(random.choice(RATES)), size, FOOTAGE_VIDEO, collage=True)
 
-    def _scene(self, seed: int, split: str, scenery: Backgrounds) -> Sample:
-        return scenes.sample(seed, split, scenery, FRAMES, FPS, self._size)
-
-    def _asked(self, seed: int, scenery: Backgrounds) -> Sample:
-        frames = ALIGNED_FRAMES[seed // self.plan.align.batch % len(ALIGNED_FRAMES)]
-        return scenes.sample(seed, "train", scenery, frames, FPS, self._size, ALIGNED_QUESTIONS)
-
-    def _distil(self, student: VideoEncoder) -> bool:
-        taught = Taught(self.folder / "clips" / "train")
-        if not distil(student, taught, self.folder / "distil", self.plan.distil, minutes=self._minutes):
+    def distil(self, student: VideoEncoder, clips: Path, folder: Path, objective: Objective = "ctd") -> bool:
+        taught = Taught(clips / "train", "targets" if objective == "ctd" else "dense")
+        if not distil(student, taught, folder, self.plan.distil, objective, self._minutes):
             return False
-        figures = evaluate(student, Taught(self.folder / "clips" / "test"), mean_target(taught))
-        share = figures["loss"] / figures["of_mean"]
+        if objective != "ctd":
+            return True
+        figures = evaluate(student, Taught(clips / "test"), mean_target(taught))
+        share = figures["loss"] / figures["loss_of_mean"]
         self._console.print(f"distil: held-out loss {share:.3f} of predicting the mean, cosine {figures['cosine']:.3f}")
         return True
 
-    def _align(self, student: VideoEncoder) -> bool:
-        self._artifact.encoder = student
+    def align(self, encoder: VideoEncoder, folder: Path, output: Path, frozen: bool = False) -> bool:
+        """
+        Args:
+            frozen: the encoder's tower stays, only its projector learns.
+        """
+        artifact = load_artifact(self.base)
+        artifact.encoder = encoder
         # of two cores, dropout on every linear layer takes a quarter; no scene comes twice, and nothing is overfitted
-        lora = add_lora(self._artifact.decoder, dropout=0.0)
-        draw = partial(self._asked, scenery=self.footage("train"))
-        if not align(self._artifact, lora, draw, self.folder / "align", self.plan.align, minutes=self._minutes):
+        lora = add_lora(artifact.decoder.to(best_device()), dropout=0.0)
+        draw = partial(self._asked, self.footage("train"), encoder.config.vit.image_size[0])
+
+        def stays(name: str) -> bool:
+            return frozen and name.startswith("backbone.")
+
+        if not align(artifact, lora, draw, folder, self.plan.align, stays, self._minutes):
             return False
-        if not (self.folder / "artifact").exists():
-            write_artifact(self.base, self._artifact, lora, self.folder / "artifact")
+        if not output.exists():
+            write_artifact(self.base, artifact, lora, output)
         return True
 
-    def _judge(self) -> bool:
-        questions, scenery = self.folder / "questions", self.footage("test")
-        if not questions.exists():
-            write_samples((self._scene(seed, "test", scenery) for seed in range(self.plan.tested)), questions)
-        artifact = load_artifact(self.folder / "artifact")
-        trained = respondent(artifact, describe_model(artifact, FRAMES, TARGETS["cpu"]))
+    def _asked(self, scenery: Backgrounds, size: int, seed: int) -> Sample:
+        frames = ALIGNED_FRAMES[seed // self.plan.align.batch % len(ALIGNED_FRAMES)]
+        return scenes.sample(seed, "train", scenery, frames, FPS, size, ALIGNED_QUESTIONS)
+
+    def judge(self, trained: Path) -> bool:
+        artifact, questions = load_artifact(trained), self.questions()
+        answering = respondent(artifact, describe_model(artifact, FRAMES, TARGETS["cpu"]))
         videos = read_videos(
             questions, FRAMES, artifact.encoder.config.clip_length, artifact.encoder.config.vit.image_size
         )
         shown: tuple[Shown, ...] = ("video", "shuffled", "nothing")
-        print_accuracies({s: accuracies(ask_all(trained, videos, s, progress=s)) for s in shown}, Console())
+        print_accuracies({s: accuracies(ask_all(answering, videos, s, progress=s)) for s in shown}, Console())
         return True
+
+    def questions(self) -> Path:
+        """The folder of the test's videos and questions."""
+        folder, scenery = self.folder / "questions", self.footage("test")
+        if not folder.exists():
+            made = (scenes.sample(seed, "test", scenery, FRAMES, FPS) for seed in range(self.plan.tested))
+            write_samples(made, folder)
+        return folder
 
 
 def main(arguments: list[str]) -> int:

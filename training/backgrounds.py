@@ -19,6 +19,9 @@ from ..runtime.video import open_video
 SHORT_SIDE = 288  # pixels that sources are kept at
 KEPT_FPS = 4.0  # frames of a video that are kept, a second
 PAN = 0.12  # of the picture, at most, in a clip or video
+SIDES = (0.3, 1.0)  # of a cut, in the picture's shorter side
+OTHERS = (0, 0, 1, 2, 3)  # sources that cover parts of a sample
+TINT, GAMMA = 0.2, 0.3  # standard deviations of the logarithms
 
 
 class Backgrounds:
@@ -42,32 +45,46 @@ class Backgrounds:
         return sum(map(len, self._videos)) / KEPT_FPS
 
     def sample(
-        self, random: np.random.Generator, frames: int, fps: float, size: int, video_share: float
+        self,
+        random: np.random.Generator,
+        frames: int,
+        fps: float,
+        size: int,
+        video_share: float,
+        collage: bool = False,
     ) -> NDArray[np.uint8]:
-        """A random stretch, cut and turned about at random: uint8 (frames, size, size, 3), RGB.
+        """A random stretch, cut, turned about and recoloured at random: uint8 (frames, size, size, 3), RGB.
 
         Args:
             fps: 4, 2 or 1 for videos.
             video_share: how often it is from a video, if one is long enough; otherwise a photo, still or panned over.
+            collage: other stretches may cover parts of it: of few sources more that is new.
         """
+        out = self._stretch(random, frames, fps, size, video_share)
+        for _ in range(random.choice(OTHERS) if collage else 0):
+            other = self._stretch(random, frames, fps, size, video_share)
+            out = np.where(_part(random, size)[:, :, None], other, out)
+        return _recoloured(out, random)
+
+    def _stretch(
+        self, random: np.random.Generator, frames: int, fps: float, size: int, video_share: float
+    ) -> NDArray[np.uint8]:
         step = round(KEPT_FPS / fps)
         long_enough = [video for video in self._videos if len(video) > (frames - 1) * step]
         if long_enough and (random.random() < video_share or not self._photos):
             weights = np.array([len(video) for video in long_enough], float)
             video = long_enough[random.choice(len(long_enough), p=weights / weights.sum())]
             start = random.integers(len(video) - (frames - 1) * step)
-            images = video[start : start + (frames - 1) * step + 1 : step]
-            pan = 0.0
-        else:
-            images = self._photos[random.integers(len(self._photos))][None].repeat(frames, 0)
-            pan = PAN * random.random() if random.random() < 0.5 else 0.0
-        return _cut(images, random, size, pan)
+            return _cut(video[start : start + (frames - 1) * step + 1 : step], random, size, 0.0)
+        image = self._photos[random.integers(len(self._photos))]
+        pan = PAN * random.random() if random.random() < 0.5 else 0.0
+        return _cut(image[None].repeat(frames, 0), random, size, pan)
 
 
 def _cut(images: NDArray[np.uint8], random: np.random.Generator, size: int, pan: float) -> NDArray[np.uint8]:
     """The same square of each picture, moving by `pan` of it from the first to the last, mirrored every other time."""
     height, width = images.shape[1:3]
-    side = min(height, width) * random.uniform(0.55, 1.0)
+    side = min(height, width) * random.uniform(*SIDES)
     room = np.array([width - side, height - side])
     first = random.random(2) * room
     last = np.clip(first + pan * side * _direction(random), 0, room)
@@ -79,6 +96,25 @@ def _cut(images: NDArray[np.uint8], random: np.random.Generator, size: int, pan:
         cut = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         out[frame] = cut[:, ::-1] if mirrored else cut
     return out
+
+
+def _part(random: np.random.Generator, size: int) -> NDArray[np.bool_]:
+    """What lies on one side of a line through the picture, or in an ellipse: (size, size)."""
+    rows, columns = np.mgrid[:size, :size] / size - random.uniform(0.2, 0.8, 2)[:, None, None]
+    x, y = _direction(random)
+    along, across = columns * x + rows * y, columns * y - rows * x
+    if random.random() < 0.5:
+        return along > 0
+    long, wide = random.uniform(0.1, 0.4, 2)
+    return (along / long) ** 2 + (across / wide) ** 2 < 1
+
+
+def _recoloured(frames: NDArray[np.uint8], random: np.random.Generator) -> NDArray[np.uint8]:
+    """Each channel by a factor of its own, all by another exponent."""
+    factors, exponent = np.exp(random.normal(0, TINT, 3)), np.exp(random.normal(0, GAMMA))
+    table = 255 * np.minimum(np.linspace(0, 1, 256)[:, None] ** exponent * factors, 1)
+    tables = np.round(table).astype(np.uint8)
+    return np.stack([tables[frames[..., channel], channel] for channel in range(3)], -1)
 
 
 def _direction(random: np.random.Generator) -> NDArray[np.float64]:

@@ -58,14 +58,14 @@ def teach(teacher: VideoEncoder, clips: Clips, count: int, folder: Path, dense: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(-(-count // SHARD)):
-        targets = folder / f"{shard:05}-targets.npy"
-        if not targets.exists():
-            frames = np.stack([clips(shard * SHARD + i) for i in range(SHARD)])
-            _save(folder / f"{shard:05}-frames.npy", frames)
-            features = [_features(teacher, part) for part in np.split(frames, SHARD // 8)]
+        drawn, wanted = folder / f"{shard:05}-frames.npy", ["targets", *["dense"] * dense]
+        if not all((folder / f"{shard:05}-{what}.npy").exists() for what in wanted):
+            if not drawn.exists():
+                _save(drawn, np.stack([clips(shard * SHARD + i) for i in range(SHARD)]))
+            features = [_features(teacher, part) for part in np.split(np.load(drawn), SHARD // 8)]
             if dense:
                 _save(folder / f"{shard:05}-dense.npy", np.concatenate([whole[:, :, 1:] for whole, _ in features]))
-            _save(targets, np.concatenate([compressed for _, compressed in features]))
+            _save(folder / f"{shard:05}-targets.npy", np.concatenate([compressed for _, compressed in features]))
         yield (shard + 1) * SHARD
 
 
@@ -231,12 +231,18 @@ class Reconstruction(nn.Module):
         return x.reshape(-1, t * a, h * b * w * c, x.shape[-1])
 
 
-def clipped_error(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of (..., C), where differences beyond DEVIATIONS standard deviations count as if they were
-    just that large, and push nowhere. The paper does not say of what; here of the batch's differences in a channel."""
-    difference = (found - wanted).flatten(0, -2)
-    limit = DEVIATIONS * difference.detach().std(dim=0)
+def clipped_error(difference: Tensor, limit: Tensor) -> Tensor:
+    """Mean squared error, where differences beyond the limit count as if they were just that large, and push nowhere.
+
+    A few of a transformer's tokens are large in a few channels and say nothing of where they stand; unclipped they are
+    most of the error.
+    """
     return difference.clamp(-limit, limit).square().mean()
+
+
+def limit_of(difference: Tensor) -> Tensor:
+    """DEVIATIONS standard deviations. The paper does not say of what; here of all differences of a batch."""
+    return DEVIATIONS * difference.detach().std()
 
 
 def distil(
@@ -267,7 +273,8 @@ def distil(
             tokens = student.dense(frames)
             if objective == "rtd":
                 tokens = trained["decoder"](tokens.flatten(1, 2))
-        return clipped_error(tokens.float().reshape(targets.shape), targets)
+        difference = tokens.float().reshape(targets.shape) - targets
+        return clipped_error(difference, limit_of(difference))
 
     return train(folder, parameters, loss, recipe, minutes)
 
@@ -280,18 +287,23 @@ def evaluate(student: VideoEncoder, held_out: Taught, mean: Tensor) -> dict[str,
         mean: of targets (C,), which the simplest student predicts.
 
     Returns:
-        `loss`, mean squared error; `of_mean`, of predicting the mean; `cosine` between tokens and targets, on average.
+        `loss` and `loss_of_mean`, clipped where those of the mean are; `error` and `error_of_mean`, not clipped;
+        `cosine` between tokens and targets, on average.
     """
-    errors, of_mean, cosines = [], [], []
-    device = _device(student)
+    device, tokens, targets = _device(student), [], []
     for start in range(0, len(held_out), SHARD):
-        frames, targets = held_out.batch(np.arange(start, min(start + SHARD, len(held_out))))
-        tokens = student.dense(frames.to(device)).flatten(1, 2).cpu()
-        errors.append((tokens - targets).square().mean().item())
-        of_mean.append((mean - targets).square().mean().item())
-        cosines.append(nn.functional.cosine_similarity(tokens, targets, dim=-1).mean().item())
-    figures = {"loss": errors, "of_mean": of_mean, "cosine": cosines}
-    return {name: float(np.mean(values)) for name, values in figures.items()}
+        frames, wanted = held_out.batch(np.arange(start, min(start + SHARD, len(held_out))))
+        tokens.append(student.dense(frames.to(device)).flatten(1, 2).cpu())
+        targets.append(wanted)
+    found, wanted = torch.cat(tokens), torch.cat(targets)
+    limit = limit_of(mean - wanted)
+    return {
+        "loss": clipped_error(found - wanted, limit).item(),
+        "loss_of_mean": clipped_error(mean - wanted, limit).item(),
+        "error": (found - wanted).square().mean().item(),
+        "error_of_mean": (mean - wanted).square().mean().item(),
+        "cosine": nn.functional.cosine_similarity(found, wanted, dim=-1).mean().item(),
+    }
 
 
 def main(arguments: list[str]) -> int:

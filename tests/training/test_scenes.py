@@ -142,11 +142,32 @@ def test_a_seed_is_always_the_same_sample_and_another_another(sources):
 
 
 @pytest.mark.parametrize("fps", [1, 2, 4])
-def test_frames_of_a_video_lie_as_far_apart_as_asked(sources, fps):
+def test_frames_of_a_video_lie_as_far_apart_as_asked(sources, fps, monkeypatch):
+    monkeypatch.setattr("liteframe.training.backgrounds.TINT", 0.0)
+    monkeypatch.setattr("liteframe.training.backgrounds.GAMMA", 0.0)
     backgrounds = Backgrounds([], [sources / "video.mp4"])
     frames = backgrounds.sample(np.random.default_rng(0), 4, fps, 64, video_share=1.0)
     steps = np.diff(frames.mean((1, 2, 3)))
     np.testing.assert_allclose(steps, 6 * 8 / fps, atol=2.5)
+
+
+def test_a_collage_is_of_several_stretches(sources, monkeypatch):
+    cv2.imwrite(str(sources / "red.png"), np.full((60, 60, 3), (0, 0, 200), np.uint8))
+    cv2.imwrite(str(sources / "blue.png"), np.full((60, 60, 3), (200, 0, 0), np.uint8))
+    backgrounds = Backgrounds([sources / "red.png", sources / "blue.png"])
+    for collage, most in ((False, 1), (True, 2)):
+        found = [backgrounds.sample(np.random.default_rng(i), 2, 2.0, 32, 0.0, collage) for i in range(20)]
+        assert max(len(np.unique(frames.reshape(-1, 3).argmax(-1))) for frames in found) == most
+
+
+def test_colours_are_changed_alike_in_all_frames(sources, monkeypatch):
+    backgrounds = Backgrounds([sources / "photo.png"])
+    changed = backgrounds.sample(np.random.default_rng(1), 4, 2.0, 64, 0.0)
+    monkeypatch.setattr("liteframe.training.backgrounds.TINT", 0.0)
+    monkeypatch.setattr("liteframe.training.backgrounds.GAMMA", 0.0)
+    plain = backgrounds.sample(np.random.default_rng(1), 4, 2.0, 64, 0.0)
+    pairs = {(*a, *b) for a, b in zip(plain.reshape(-1, 3), changed.reshape(-1, 3), strict=True)}
+    assert len(pairs) == len({pair[:3] for pair in pairs}) > 50 and (changed != plain).any()
 
 
 def test_backgrounds_that_are_none_are_refused(tmp_path):

@@ -60,15 +60,15 @@ def test_what_is_written_is_what_was_trained(trained, base):
 def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, footage, tmp_path, monkeypatch):
     import train_demo
 
-    monkeypatch.setattr(train_demo.Stages, "_judge", lambda self: True)
-    for stage, runs in (("_distil", 1), ("_align", 2)):
-        train = train_demo.distil if stage == "_distil" else train_demo.align
+    monkeypatch.setattr(train_demo.Stages, "judge", lambda self, trained: True)
+    for stage, runs in (("distil", 1), ("align", 2)):
+        train = train_demo.distil if stage == "distil" else train_demo.align
 
         def interrupted(*arguments, train=train, **options):
             return train(*arguments, **(options | {"minutes": 0.0}))
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_demo, stage[1:], interrupted)
+            patch.setattr(train_demo, stage, interrupted)
             assert not Stages(base, tmp_path, PLAN, footage, minutes=10).run(), runs
     assert Stages(base, tmp_path, PLAN, footage, minutes=10).run()
     for stage in ("distil", "align"):
