@@ -146,7 +146,7 @@ class Stages:
 
     def distil(self, student: VideoEncoder, clips: Path, folder: Path, objective: Objective = "ctd") -> bool:
         taught = Taught(clips / "train", "targets" if objective == "ctd" else "dense")
-        if not distil(student, taught, folder, self.plan.distil, objective, self._minutes):
+        if not distil(student, taught, folder, self.plan.distil, objective, minutes=self._minutes):
             return False
         if objective != "ctd":
             return True
@@ -169,7 +169,7 @@ class Stages:
         def stays(name: str) -> bool:
             return frozen and name.startswith("backbone.")
 
-        if not align(artifact, lora, draw, folder, self.plan.align, stays, self._minutes):
+        if not align(artifact, lora, draw, folder, self.plan.align, stays, minutes=self._minutes):
             return False
         if not output.exists():
             write_artifact(self.base, artifact, lora, output)
