@@ -169,7 +169,7 @@ ASSETS: dict[str, Asset] = {
         "scikit-image==0.24.0",
         "skimage/data",
         "914c38f32cd8acd12b9deb47c0a7767d63adcf1717a879d861a1350fa7ef8d94",
-        "public domain and CC0, as skimage/data/_registry and its gallery name them",
+        "public domain and CC0, as skimage/data/_fetchers.py says of each",
         files=(
             "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
             "hubble_deep_field.jpg moon.png retina.jpg rocket.jpg"

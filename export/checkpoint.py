@@ -56,16 +56,20 @@ class Checkpoint:
     def __iter__(self) -> Iterable[str]:
         return iter(self.files)
 
+    def stored(self, name: str) -> Tensor:
+        """One tensor in the type it is stored in. Raises InputError when it is missing."""
+        if name not in self.files:
+            raise InputError(f"{self.source}: tensor {name} is missing; is this the checkpoint the config describes?")
+        return self._open[self.files[name]].get_tensor(name)
+
     def read(self, name: str) -> Tensor:
         """One tensor in float32.
 
         Raises:
             InputError: it is missing, holds integers, or holds NaN or infinity.
         """
-        if name not in self.files:
-            raise InputError(f"{self.source}: tensor {name} is missing; is this the checkpoint the config describes?")
+        tensor = self.stored(name)
         path = self.files[name]
-        tensor = self._open[path].get_tensor(name)
         if not tensor.is_floating_point():
             raise InputError(
                 f"{path}: tensor {name} holds {tensor.dtype}, expected floating point, not quantised, weights"

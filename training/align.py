@@ -169,7 +169,7 @@ def align(
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(not frozen(name))
     text, encode = chat_text(artifact), answer_ids(artifact)
-    device = next(encoder.parameters()).device
+    device = encoder.mean.device
 
     def loss(step: int) -> Tensor:
         samples = [draw(step * recipe.batch + i) for i in range(recipe.batch)]

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import peft
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..engines.package import InputError, new_folder
@@ -89,6 +88,5 @@ def _decoder(base: Path, model_type: str, decoder: Decoder) -> dict[str, torch.T
     for parameter in (n.replace(".base_layer", "") for n, _ in decoder.named_parameters() if ".lora_" not in n):
         (stored,) = names.decoder(parameter)
         if stored in checkpoint:
-            with safe_open(checkpoint.files[stored], "pt") as file:
-                out[f"decoder.{parameter}"] = file.get_tensor(stored)
+            out[f"decoder.{parameter}"] = checkpoint.stored(stored)
     return out

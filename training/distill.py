@@ -72,14 +72,10 @@ def teach(teacher: VideoEncoder, clips: Clips, count: int, folder: Path, dense: 
 @torch.inference_mode()
 def _features(teacher: VideoEncoder, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
     assert teacher.reducer is not None
-    device = _device(teacher)
+    device = teacher.mean.device
     with torch.autocast(device.type, torch.bfloat16):
         dense = teacher.dense(torch.from_numpy(frames).to(device)).float()
     return dense.half().cpu().numpy(), teacher.reducer(dense).flatten(1, 2).half().cpu().numpy()
-
-
-def _device(encoder: VideoEncoder) -> torch.device:
-    return next(encoder.parameters()).device
 
 
 def _save(path: Path, array: NDArray) -> None:
@@ -257,7 +253,7 @@ def distil(
     backbone = student.backbone
     assert isinstance(backbone, LiteFrame)
     trained: dict[str, nn.Module] = {"student": backbone}
-    device = _device(student)
+    device = student.mean.device
     _, example = taught.batch(np.array([0]))
     torch.manual_seed(recipe.seed)
     with torch.no_grad():
@@ -290,7 +286,7 @@ def evaluate(student: VideoEncoder, held_out: Taught, mean: Tensor) -> dict[str,
         `loss` and `loss_of_mean`, clipped where those of the mean are; `error` and `error_of_mean`, not clipped;
         `cosine` between tokens and targets, on average.
     """
-    device, tokens, targets = _device(student), [], []
+    device, tokens, targets = student.mean.device, [], []
     for start in range(0, len(held_out), SHARD):
         frames, wanted = held_out.batch(np.arange(start, min(start + SHARD, len(held_out))))
         tokens.append(student.dense(frames.to(device)).flatten(1, 2).cpu())

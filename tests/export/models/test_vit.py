@@ -3,6 +3,7 @@
 import pytest
 import torch
 from liteframe.export.models.vit import VisionTransformer, ViTConfig, interpolate_position_embedding
+from published import randomised
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -74,14 +75,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def randomised(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
 
 
 def load(ours, theirs, layout):
