@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 from assets import fetch, read_prose
 from footage import backgrounds
-from liteframe.engines.package import InputError, Package, new_folder, open_package
+from liteframe.engines.package import InputError, Package, open_package
 from liteframe.engines.targets import Asked
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
@@ -33,12 +33,13 @@ from liteframe.export.models.liteframe import Downsampling, LiteFrameConfig
 from liteframe.export.models.vit import interpolate_position_embedding
 from liteframe.runtime.cli import guard
 from liteframe.training import scenes
-from liteframe.training.artifact import write_artifact
+from liteframe.training.align import add_lora
+from liteframe.training.artifact import load_adapter, write_artifact
 from liteframe.training.distill import Objective, make_student
 from liteframe.training.evaluate import WITHOUT, judge, write_page
 from liteframe.training.loop import TIME_IS_OVER, Recipe, best_device
 from liteframe.training.samples import write_samples
-from train_demo import FPS, FRAMES, FULL, Stages
+from train_demo import FPS, FRAMES, FULL, STRIDES, Stages
 
 PLAN = replace(
     FULL,
@@ -91,7 +92,7 @@ class Ablations(Stages):
         state[name] = interpolate_position_embedding(state[name], config.vit.grid, vit.grid)
         teacher.load_state_dict(state)
         ours = msgspec.structs.replace(self.student().config.vit, image_size=size)
-        strides = (Downsampling(4, (1, 2, 2)), Downsampling(8, (1, 2, 2)))
+        strides = tuple(Downsampling(stage.after, (1, 2, 2)) for stage in STRIDES)
         backbone = LiteFrameConfig(vit=ours, temporal_kernel=1, downsampling=strides, head_size=vit.hidden_size)
         return teacher.to(best_device()), make_student(teacher, backbone).to(best_device())
 
@@ -102,19 +103,14 @@ class Ablations(Stages):
 
     def _without_alignment(self) -> bool:
         """The student of "CTD" as it was distilled, with what was aligned to "WAP"."""
-        output, student, aligned = self._folder("CTD without LMA") / "artifact", self.student(), self._folder("WAP")
-        if output.exists():
-            return True
-        self.distil(student, self.folder / "clips", self._folder("CTD") / "distil")
-        student.projector.load_state_dict(load_artifact(aligned / "artifact").encoder.projector.state_dict())
-        artifact = load_artifact(self.base)
-        artifact.encoder = student
-        with new_folder(output) as folder:
-            write_artifact(self.base, artifact, None, folder / "made")
-            for path in (folder / "made").iterdir():
-                path.rename(folder / path.name)
-            (folder / "made").rmdir()
-            shutil.copytree(aligned / "artifact" / "adapter", folder / "adapter")
+        output, aligned = self._folder("CTD without LMA") / "artifact", self._folder("WAP") / "artifact"
+        if not output.exists():
+            student, artifact = self.student(), load_artifact(self.base)
+            self.distil(student, self.folder / "clips", self._folder("CTD") / "distil")
+            student.projector.load_state_dict(load_artifact(aligned).encoder.projector.state_dict())
+            artifact.encoder, lora = student, add_lora(artifact.decoder)
+            load_adapter(lora, aligned / "adapter")
+            write_artifact(self.base, artifact, lora, output)
         return True
 
     def _page(self) -> bool:

@@ -85,11 +85,13 @@ class DebianAsset(Asset):
 
     Attributes:
         captioned: of a folder only pictures with captions are kept.
+        files: of a folder only these are kept, if any are named.
 
     A mirror keeps the latest version only, so whichever apt offers is taken; the hash decides whether it will do.
     """
 
     captioned: bool = False
+    files: str = ""
 
     def unpack(self, folder: Path) -> Path:
         package = self.requirement.partition("=")[0]
@@ -110,6 +112,8 @@ class DebianAsset(Asset):
             raise AssetError(f"{self.name}: {packages[0].name} holds no such file ({reason}); run again")
         if self.captioned:
             _keep_captioned_pictures(member)
+        if self.files:
+            _keep_files(member, self.files.split())
         return member
 
     def _run(self, command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -175,6 +179,18 @@ ASSETS: dict[str, Asset] = {
             "hubble_deep_field.jpg moon.png retina.jpg rocket.jpg"
         ),
     ),
+    "lomiri": DebianAsset(
+        "lomiri-wallpapers-16.04=20.04.0-2",
+        "usr/share/backgrounds",
+        "c5de925ebb920fd934df3a3d135128debe2786ed8fab5f15c25a5518b45fd28d",
+        "CC-BY-4.0 and CC0-1.0 (seeding), as the package's copyright file says of each",
+        files=(
+            "Picture_0B_by_freespace.jpg Picture_1A_by_freespace.jpg Wine_by_Jakkub_Mede.jpg "
+            "aitzgorri_by_Aitzol_Berasategi.jpg friends_by_Aitzol_Berasategi.jpg life_by_Aitzol_Berasategi.jpg "
+            "picosdeeuropa_by_Aitzol_Berasategi.jpg seeding_by_Clements_Engelhardt.jpg "
+            "sunset_by_Aitzol_Berasategi.jpg umang_by_Abhishek_Mudgal.jpg"
+        ),
+    ),
     "stamps": DebianAsset(
         "tuxpaint-stamps-default=2022.06.04-1",
         "usr/share/tuxpaint/stamps",
@@ -194,8 +210,8 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The path of an asset, fetched if it is not in the cache.
 
-    "opencv" is a folder of photos and videos; "skimage" one of photos; "stamps" one of PNG pictures, in folders by
-    kind, each with its caption in a .txt beside it; all else are files.
+    "opencv" is a folder of photos and videos, "skimage" and "lomiri" are of photos, "stamps" is one of PNG pictures, in
+    folders by kind, each with its caption in a .txt beside it; all else are files.
 
     Raises:
         AssetError: pip or apt-get can't fetch its package, or the content is not the pinned one.
@@ -244,6 +260,12 @@ def _keep_captioned_pictures(folder: Path) -> None:
     pictures = {path.with_suffix("") for path in folder.rglob("*.png") if path.with_suffix(".txt").is_file()}
     for path in [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]:
         if path.suffix not in (".png", ".txt") or path.with_suffix("") not in pictures:
+            path.unlink()
+
+
+def _keep_files(folder: Path, names: list[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
             path.unlink()
 
 

@@ -30,6 +30,7 @@ from liteframe.runtime.cli import guard
 from onnx import numpy_helper
 from safetensors.torch import save_file
 
+CLIP_BLOCKS = 12
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NOTICE = "the projector between CLIP and SmolLM2 is not trained yet: the answer is not about this video"
 
@@ -50,8 +51,8 @@ def clip_parameters(path: Path) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(value, np.float32)) for name, value in tower.items()}
 
 
-def encoder_parameters(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """CLIP's parameters by this project's names."""
+def encoder_parameters(clip: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
+    """CLIP's parameters up to a block, by this project's names."""
     backbone = {
         "class_token": clip["embeddings.class_embedding"],
         "position_embedding": clip["embeddings.position_embedding.weight"],
@@ -59,7 +60,7 @@ def encoder_parameters(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         "pre_norm.weight": clip["pre_layrnorm.weight"],
         "pre_norm.bias": clip["pre_layrnorm.bias"],
     }
-    for layer in range(12):
+    for layer in range(blocks):
         theirs, ours = f"encoder.layers.{layer}", f"blocks.{layer}"
         for kind in ("weight", "bias"):
             backbone[f"{ours}.attn.qkv.{kind}"] = torch.cat(
@@ -76,8 +77,12 @@ def encoder_parameters(clip: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {f"backbone.{name}": value for name, value in backbone.items()}
 
 
-def assemble(output: Path) -> None:
-    """Writes the artifact's folder. Raises AssetError when the weights can't be fetched."""
+def assemble(output: Path, blocks: int = CLIP_BLOCKS) -> None:
+    """Writes the artifact's folder, with so many of the tower's blocks.
+
+    Raises:
+        AssetError: the weights can't be fetched.
+    """
     language_model = fetch("smollm2")
     gguf = GGUFFile(language_model)
     config = {
@@ -89,7 +94,7 @@ def assemble(output: Path) -> None:
                 "image_size": [224, 224],
                 "patch_size": 16,
                 "hidden_size": 768,
-                "num_hidden_layers": 12,
+                "num_hidden_layers": blocks,
                 "num_attention_heads": 12,
                 "intermediate_size": 3072,
                 "activation": "quick_gelu",
@@ -119,7 +124,7 @@ def assemble(output: Path) -> None:
             layer.bias.zero_()
         encoder.projector.fc2.weight.mul_(0.1)  # about the size of SmolLM2's token embeddings
     state = {name: value for name, value in encoder.state_dict().items() if name.startswith("projector.")}
-    state |= encoder_parameters(clip_parameters(fetch("clip")))
+    state |= encoder_parameters(clip_parameters(fetch("clip")), blocks)
     with new_folder(output) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         tensors = {f"encoder.{name}": value.contiguous() for name, value in state.items()}

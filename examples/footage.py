@@ -18,15 +18,14 @@ PHOTOS = {
     "validation": "HappyFish.jpg aero3.jpg text_motion.jpg",
     "test": "cards.png home.jpg leuvenA.jpg starry_night.jpg sudoku.png",
 }
-OTHER_PHOTOS = {"train": "skimage"}  # assets, folders that are of one split as a whole
+OTHER_PHOTOS = {"train": ("skimage", "lomiri")}  # assets, folders that are of one split as a whole
 VIDEOS = {"train": ("vtest", "bunny"), "validation": ("tree",), "test": ("bikes", "carphone")}
 
 
 def backgrounds(split: str) -> Backgrounds:
     """Raises AssetError when they can't be fetched."""
-    opencv, photos = fetch("opencv"), []
-    if split in OTHER_PHOTOS:
-        photos = sorted(fetch(OTHER_PHOTOS[split]).iterdir())
+    opencv = fetch("opencv")
+    photos = [path for name in OTHER_PHOTOS.get(split, ()) for path in sorted(fetch(name).iterdir())]
     own = {"vtest": opencv / "vtest.avi", "tree": opencv / "tree.avi"}
     return Backgrounds(
         [*(opencv / name for name in PHOTOS[split].split()), *photos],

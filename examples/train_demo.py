@@ -3,7 +3,7 @@
     python examples/train_demo.py FOLDER [--smoke] [--minutes 120]
 
     teach      CLIP's features of made-up scenes and real footage, through WAP           FOLDER/clips
-    distil     a student of 5.7 M parameters learns them: CTD                            FOLDER/distil
+    distil     a student of 7.8 M parameters learns them: CTD                            FOLDER/distil
     align      student, projector and a LoRA of SmolLM2 learn to answer questions: LMA   FOLDER/align
     write      the artifact, and its accuracy on questions that were held out            FOLDER/artifact
 
@@ -29,7 +29,7 @@ from liteframe.engines.targets import TARGETS
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import describe_model
 from liteframe.export.models.encoder import VideoEncoder
-from liteframe.export.models.liteframe import LiteFrameConfig
+from liteframe.export.models.liteframe import Downsampling, LiteFrameConfig
 from liteframe.export.torch_engine import respondent
 from liteframe.runtime.cli import guard
 from liteframe.training import scenes
@@ -42,6 +42,8 @@ from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
 from rich.console import Console
 
+TEACHER_BLOCKS = 4  # of CLIP's twelve: what later ones say, so small a student does not learn from so little footage
+STRIDES = (Downsampling(1, (2, 2, 2)), Downsampling(3, (2, 1, 1)))
 FRAMES, FPS = 8, 2.0
 ALIGNED_FRAMES = (4, 8)  # of the videos of a step, in turns: in 4, one clip's tokens alone tell what happened
 ALIGNED_QUESTIONS = 6  # about a video, of which the answers are learned
@@ -68,17 +70,17 @@ class Plan:
 
 
 FULL = Plan(
-    width=192,
-    heads=3,
-    clips=2304,
+    width=384,
+    heads=6,
+    clips=10_240,
     held_out=256,
     tested=400,
-    distil=Recipe(steps=1000, batch=32, peak_lr=1e-3, warmup=100),
+    distil=Recipe(steps=6000, batch=8, peak_lr=1e-3, warmup=100, save_every=200),
     align=Recipe(steps=4000, batch=4, peak_lr=5e-4, warmup=100),
 )
 SMOKE = Plan(
-    width=192,
-    heads=3,
+    width=384,
+    heads=6,
     clips=64,
     held_out=64,
     tested=4,
@@ -124,7 +126,7 @@ class Stages:
             num_attention_heads=self.plan.heads,
             intermediate_size=4 * self.plan.width,
         )
-        backbone = LiteFrameConfig(vit=vit, head_size=config.vit.hidden_size)
+        backbone = LiteFrameConfig(vit=vit, downsampling=STRIDES, head_size=config.vit.hidden_size)
         return make_student(self.teacher, backbone).to(best_device())
 
     def teach(self, teacher: VideoEncoder, folder: Path, dense: bool = False) -> bool:
@@ -142,7 +144,7 @@ class Stages:
         if part < 2:
             return scenes.sample(seed, split, scenery, FRAMES, FPS, size).frames[4 * part : 4 * part + 4]
         random = np.random.default_rng((scenes.SPLITS.index(split), number, 1))
-        return scenery.sample(random, 4, float(random.choice(RATES)), size, FOOTAGE_VIDEO, collage=True)
+        return scenery.sample(random, 4, float(random.choice(RATES)), size, FOOTAGE_VIDEO, split == "train")
 
     def distil(self, student: VideoEncoder, clips: Path, folder: Path, objective: Objective = "ctd") -> bool:
         taught = Taught(clips / "train", "targets" if objective == "ctd" else "dense")
@@ -206,7 +208,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     base = options.folder / "clip-smollm2"
     if not base.exists():
-        assemble(base)
+        assemble(base, TEACHER_BLOCKS)
     done = Stages(base, options.folder, SMOKE if options.smoke else FULL, backgrounds, options.minutes).run()
     print("done" if done else TIME_IS_OVER)
     return 0

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import peft
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..engines.package import InputError, new_folder
 from ..export.artifact import Artifact
@@ -35,6 +36,18 @@ def save_adapter(lora: peft.LoraModel, folder: Path) -> None:
     lora.peft_config["default"].save_pretrained(str(folder))
     tensors = {f"base_model.{name}": value.half().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def load_adapter(lora: peft.LoraModel, folder: Path) -> None:
+    """What `save_adapter` wrote. Raises InputError when it is of another language model."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        state = {name.removeprefix("base_model."): value for name, value in load_file(path).items()}
+        if state.keys() != peft.get_peft_model_state_dict(lora).keys():
+            raise InputError(f"{path}: adapts other layers than this language model's")
+        peft.set_peft_model_state_dict(lora, state)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path}: can't be put on this language model ({error})") from None
 
 
 def write_artifact(base: Path, artifact: Artifact, lora: peft.LoraModel | None, output: Path, notice: str = "") -> None:

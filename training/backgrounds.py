@@ -5,6 +5,7 @@ photos, videos ──Backgrounds──▶ frames (N, H, W, 3) at a rate of 1 to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 from ..engines.package import InputError
 from ..runtime.video import open_video
 
-SHORT_SIDE = 288  # pixels that sources are kept at
+PHOTO_SIDE, VIDEO_SIDE = 1024, 432  # pixels of the shorter side, at most, that sources are kept at
 KEPT_FPS = 4.0  # frames of a video that are kept, a second
 PAN = 0.12  # of the picture, at most, in a clip or video
-SIDES = (0.3, 1.0)  # of a cut, in the picture's shorter side
+CLOSEST = 160  # pixels of a source across a cut, or 0.3 of its shorter side if that is less
 OTHERS = (0, 0, 1, 2, 3)  # sources that cover parts of a sample
 TINT, GAMMA = 0.2, 0.3  # standard deviations of the logarithms
 
@@ -51,17 +52,19 @@ class Backgrounds:
         fps: float,
         size: int,
         video_share: float,
-        collage: bool = False,
+        varied: bool = False,
     ) -> NDArray[np.uint8]:
-        """A random stretch, cut, turned about and recoloured at random: uint8 (frames, size, size, 3), RGB.
+        """A random stretch, cut out and mirrored at random: uint8 (frames, size, size, 3), RGB.
 
         Args:
             fps: 4, 2 or 1 for videos.
             video_share: how often it is from a video, if one is long enough; otherwise a photo, still or panned over.
-            collage: other stretches may cover parts of it: of few sources more that is new.
+            varied: recoloured, and other stretches may cover parts of it: of few sources more that is new.
         """
         out = self._stretch(random, frames, fps, size, video_share)
-        for _ in range(random.choice(OTHERS) if collage else 0):
+        if not varied:
+            return out
+        for _ in range(random.choice(OTHERS)):
             other = self._stretch(random, frames, fps, size, video_share)
             out = np.where(_part(random, size)[:, :, None], other, out)
         return _recoloured(out, random)
@@ -82,20 +85,18 @@ class Backgrounds:
 
 
 def _cut(images: NDArray[np.uint8], random: np.random.Generator, size: int, pan: float) -> NDArray[np.uint8]:
-    """The same square of each picture, moving by `pan` of it from the first to the last, mirrored every other time."""
+    """The same square of each picture, moving by `pan` of it from the first to the last, mirrored every other time;
+    small squares as often as large ones."""
     height, width = images.shape[1:3]
-    side = min(height, width) * random.uniform(*SIDES)
+    shorter = min(height, width)
+    side = round(math.exp(random.uniform(math.log(min(CLOSEST, 0.3 * shorter)), math.log(shorter))))
     room = np.array([width - side, height - side])
     first = random.random(2) * room
     last = np.clip(first + pan * side * _direction(random), 0, room)
-    mirrored = random.random() < 0.5
-    out = np.empty((len(images), size, size, 3), np.uint8)
-    for frame, (image, corner) in enumerate(zip(images, np.linspace(first, last, len(images)), strict=True)):
-        scale = size / side
-        matrix = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
-        cut = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        out[frame] = cut[:, ::-1] if mirrored else cut
-    return out
+    corners = np.round(np.linspace(first, last, len(images))).astype(int)
+    cuts = [image[y : y + side, x : x + side] for image, (x, y) in zip(images, corners, strict=True)]
+    out = np.stack([_resized(cut, (size, size)) for cut in cuts])
+    return out[:, :, ::-1] if random.random() < 0.5 else out
 
 
 def _part(random: np.random.Generator, size: int) -> NDArray[np.bool_]:
@@ -122,10 +123,15 @@ def _direction(random: np.random.Generator) -> NDArray[np.float64]:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-def _shrunk(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    scale = SHORT_SIDE / min(image.shape[:2])
-    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), np.uint8)
+def _shrunk(image: NDArray[np.uint8], shorter: int) -> NDArray[np.uint8]:
+    """So that its shorter side has so many pixels at most."""
+    scale = min(1.0, shorter / min(image.shape[:2]))
+    return _resized(image, (round(image.shape[1] * scale), round(image.shape[0] * scale)))
+
+
+def _resized(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    interpolation = cv2.INTER_AREA if size[0] < image.shape[1] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, size, interpolation=interpolation), np.uint8)
 
 
 @lru_cache(256)
@@ -133,7 +139,7 @@ def _photo(path: Path) -> NDArray[np.uint8]:
     image = cv2.imread(str(path))
     if image is None:
         raise InputError(f"{path}: can't be read as a picture")
-    return _shrunk(np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8))
+    return _shrunk(np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8), PHOTO_SIDE)
 
 
 @lru_cache(32)
@@ -142,5 +148,5 @@ def _video(path: Path) -> NDArray[np.uint8]:
     with open_video(path) as video:
         for seconds, decode in video.frames():
             if seconds * KEPT_FPS >= len(kept) - 1e-6:
-                kept.append(_shrunk(decode()))
+                kept.append(_shrunk(decode(), VIDEO_SIDE))
     return np.stack(kept)

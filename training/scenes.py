@@ -295,7 +295,7 @@ RARITY |= dict.fromkeys(("colour", "shape"), 2) | {"unknown": 3}
 def sample(
     seed: int, split: str, backgrounds: Backgrounds, frames: int = 8, fps: float = 2.0, size: int = 224, most: int = 4
 ) -> Sample:
-    """The video of a seed, and at most so many questions.
+    """The video of a seed, and at most so many questions; in training over backgrounds that are varied.
 
     Raises:
         ValueError: an unknown split.
@@ -303,5 +303,5 @@ def sample(
     seeds = SPLITS.index(split), seed
     random = np.random.default_rng(seeds)
     scene = draw(random, split)
-    shown = render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE))
+    shown = render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE, split == "train"))
     return Sample(shown, fps, ask(scene, np.random.default_rng((*seeds, 1)), most))

@@ -176,6 +176,16 @@ def test_of_a_folder_the_captioned_pictures_are_kept(apt, tmp_path):
     assert len(cached(tmp_path)) == len(KEPT)
 
 
+def test_of_a_debian_folder_what_is_named_is_kept(apt, tmp_path, monkeypatch):
+    wanted = {"photos/a.jpg": b"a", "photos/b.jpg": b"b"}
+    apt.files |= wanted | {"photos/drawing.png": b"c"}
+    lines = "".join(f"{Path(name).name} {hashlib.sha256(content).hexdigest()}\n" for name, content in wanted.items())
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    photos = DebianAsset("books=1.0-2", "photos", digest, "CC0", files="a.jpg b.jpg")
+    monkeypatch.setitem(assets.ASSETS, "photos", photos)
+    assert sorted(path.name for path in fetch("photos").iterdir()) == ["a.jpg", "b.jpg"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from liteframe.calib.questions import Question
+from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.lora import merge_adapter
 from liteframe.export.torch_engine import chat_text
@@ -14,9 +15,10 @@ from liteframe.runtime.cli import guard
 from liteframe.runtime.conversation import Cache
 from liteframe.runtime.text import ChatText
 from liteframe.training.align import add_lora, align, answer_ids, answer_loss, draw_from, lay_out, main
-from liteframe.training.artifact import save_adapter
+from liteframe.training.artifact import load_adapter, save_adapter
 from liteframe.training.loop import Recipe
 from liteframe.training.samples import Sample, write_samples
+from safetensors.torch import load_file, save_file
 
 QUESTIONS = (
     Question("colour", "what colour is the cat?", "red"),
@@ -136,6 +138,33 @@ def aligned(tiny_artifact, tmp_path_factory):
     assert align(artifact, lora, samples, folder / "run", recipe)
     save_adapter(lora, folder / "adapter")
     return artifact, folder
+
+
+def test_an_adapter_is_read_as_it_was_saved(aligned, tiny_artifact):
+    trained, folder = aligned
+    again = load(tiny_artifact)
+    load_adapter(add_lora(again.decoder, seed=1), folder / "adapter")
+    loras = [(n, p) for n, p in trained.decoder.named_parameters() if "lora_" in n]
+    read = dict(again.decoder.named_parameters())
+    assert loras and all(torch.equal(read[name], parameter.half().float()) for name, parameter in loras)
+
+
+@pytest.mark.parametrize("damage", ["cut", "shape", "layer", "missing", "none"])
+def test_an_adapter_that_does_not_fit_is_refused(aligned, tiny_artifact, tmp_path, damage):
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(aligned[1] / "adapter" / path.name)
+    name = sorted(state)[0]
+    if damage == "shape":
+        state[name] = state[name][:, :-1].contiguous()
+    elif damage in ("layer", "missing"):
+        tensor = state.pop(name)
+        state |= {name.replace("layers.0", "layers.9"): tensor} if damage == "layer" else {}
+    if damage != "none":
+        save_file(state, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: (can't be put|adapts other layers)"):
+        load_adapter(add_lora(load(tiny_artifact).decoder), tmp_path)
 
 
 def test_it_learns_what_is_in_the_video(aligned):

@@ -142,32 +142,41 @@ def test_a_seed_is_always_the_same_sample_and_another_another(sources):
 
 
 @pytest.mark.parametrize("fps", [1, 2, 4])
-def test_frames_of_a_video_lie_as_far_apart_as_asked(sources, fps, monkeypatch):
-    monkeypatch.setattr("liteframe.training.backgrounds.TINT", 0.0)
-    monkeypatch.setattr("liteframe.training.backgrounds.GAMMA", 0.0)
+def test_frames_of_a_video_lie_as_far_apart_as_asked(sources, fps):
     backgrounds = Backgrounds([], [sources / "video.mp4"])
     frames = backgrounds.sample(np.random.default_rng(0), 4, fps, 64, video_share=1.0)
     steps = np.diff(frames.mean((1, 2, 3)))
     np.testing.assert_allclose(steps, 6 * 8 / fps, atol=2.5)
 
 
-def test_a_collage_is_of_several_stretches(sources, monkeypatch):
+def test_a_collage_is_of_several_stretches(sources):
     cv2.imwrite(str(sources / "red.png"), np.full((60, 60, 3), (0, 0, 200), np.uint8))
     cv2.imwrite(str(sources / "blue.png"), np.full((60, 60, 3), (200, 0, 0), np.uint8))
     backgrounds = Backgrounds([sources / "red.png", sources / "blue.png"])
-    for collage, most in ((False, 1), (True, 2)):
-        found = [backgrounds.sample(np.random.default_rng(i), 2, 2.0, 32, 0.0, collage) for i in range(20)]
+    for varied, most in ((False, 1), (True, 2)):
+        found = [backgrounds.sample(np.random.default_rng(i), 2, 2.0, 32, 0.0, varied) for i in range(20)]
         assert max(len(np.unique(frames.reshape(-1, 3).argmax(-1))) for frames in found) == most
 
 
 def test_colours_are_changed_alike_in_all_frames(sources, monkeypatch):
+    monkeypatch.setattr("liteframe.training.backgrounds.OTHERS", (0,))
     backgrounds = Backgrounds([sources / "photo.png"])
-    changed = backgrounds.sample(np.random.default_rng(1), 4, 2.0, 64, 0.0)
-    monkeypatch.setattr("liteframe.training.backgrounds.TINT", 0.0)
-    monkeypatch.setattr("liteframe.training.backgrounds.GAMMA", 0.0)
+    changed = backgrounds.sample(np.random.default_rng(1), 4, 2.0, 64, 0.0, varied=True)
     plain = backgrounds.sample(np.random.default_rng(1), 4, 2.0, 64, 0.0)
     pairs = {(*a, *b) for a, b in zip(plain.reshape(-1, 3), changed.reshape(-1, 3), strict=True)}
     assert len(pairs) == len({pair[:3] for pair in pairs}) > 50 and (changed != plain).any()
+
+
+def test_small_and_large_squares_are_cut(sources):
+    """Of a picture whose red rises to the right, by how much a cut's does tells its width."""
+    ramp = np.zeros((512, 512, 3), np.uint8)
+    ramp[..., 2] = np.arange(512) // 2
+    cv2.imwrite(str(sources / "ramp.png"), ramp)
+    backgrounds = Backgrounds([sources / "ramp.png"])
+    cuts = [backgrounds.sample(np.random.default_rng(i), 1, 2.0, 64, 0.0)[0, 0, :, 0].astype(int) for i in range(200)]
+    widths = np.array([np.ptp(red) for red in cuts]) * 2
+    assert widths.min() < 170 and widths.max() > 450
+    assert np.median(widths) == pytest.approx(np.sqrt(0.3 * 512 * 512), rel=0.15)
 
 
 def test_backgrounds_that_are_none_are_refused(tmp_path):
