@@ -47,6 +47,7 @@ PLAN = replace(
     align=Recipe(steps=800, batch=4, peak_lr=5e-4, warmup=50),
 )
 SPACE_SIZE = 256  # pixels; 16 x 16 patches, which 4 divides
+PRECISIONS: tuple[Asked, ...] = ("fp32", "fp16", "int8")
 CALIBRATION_SEED, CALIBRATION_VIDEOS = 10**6, 32
 
 
@@ -116,7 +117,7 @@ class Ablations(Stages):
     def _page(self) -> bool:
         questions, calibration = self.questions(), self._calibration()
         rows = []
-        for precision in ("fp32", "fp16", "int8"):
+        for precision in PRECISIONS:
             calib = () if precision == "fp32" else calibration
             package = self._package("demo", self.folder / "artifact", precision, calib)
             rows.append(judge(f"demo, {precision}", package, questions))

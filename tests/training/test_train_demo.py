@@ -3,42 +3,12 @@
 import json
 import shutil
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
-from liteframe.training.backgrounds import Backgrounds
-from liteframe.training.loop import Recipe
-from train_demo import Plan, Stages
-
-PLAN = Plan(
-    width=8,
-    heads=1,
-    clips=64,
-    held_out=64,
-    tested=3,
-    distil=Recipe(steps=6, batch=8, peak_lr=1e-3, warmup=2, save_every=2),
-    align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1, save_every=2),
-)
-
-
-@pytest.fixture(scope="module")
-def footage(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for seed, name in enumerate(("a", "b", "c")):
-        photo = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-        cv2.imwrite(str(folder / f"{name}.png"), cv2.resize(photo, (80, 60)))
-    return lambda split: Backgrounds([folder / f"{'abc'[len(split) % 3]}.png"])
-
-
-@pytest.fixture(scope="module")
-def trained(base, footage, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    assert Stages(base, folder, PLAN, footage, minutes=10).run()
-    return folder
+from train_demo import Stages
 
 
 def test_what_is_trained_is_an_artifact_that_builds(trained, tmp_path):
@@ -57,7 +27,7 @@ def test_what_is_written_is_what_was_trained(trained, base):
     torch.testing.assert_close(artifact.decoder.get_submodule(layer).weight, merged)
 
 
-def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, footage, tmp_path, monkeypatch):
+def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, plan, footage, tmp_path, monkeypatch):
     import train_demo
 
     monkeypatch.setattr(train_demo.Stages, "judge", lambda self, trained: True)
@@ -69,20 +39,20 @@ def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, footage, 
 
         with monkeypatch.context() as patch:
             patch.setattr(train_demo, stage, interrupted)
-            assert not Stages(base, tmp_path, PLAN, footage, minutes=10).run(), runs
-    assert Stages(base, tmp_path, PLAN, footage, minutes=10).run()
+            assert not Stages(base, tmp_path, plan, footage, minutes=10).run(), runs
+    assert Stages(base, tmp_path, plan, footage, minutes=10).run()
     for stage in ("distil", "align"):
         assert (tmp_path / stage / "log.jsonl").read_text() == (trained / stage / "log.jsonl").read_text()
 
 
-def test_time_that_is_over_stops_between_shards(base, footage, tmp_path):
-    assert not Stages(base, tmp_path, PLAN, footage, minutes=0).run()
+def test_time_that_is_over_stops_between_shards(base, plan, footage, tmp_path):
+    assert not Stages(base, tmp_path, plan, footage, minutes=0).run()
     assert len(list((tmp_path / "clips" / "test").glob("*-targets.npy"))) == 1
 
 
-def test_a_base_of_another_layout_is_refused(base, footage, tmp_path):
+def test_a_base_of_another_layout_is_refused(base, plan, footage, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     config = json.loads((base / "config.json").read_text()) | {"model_type": "qwen2"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="model_type 'qwen2' is not supported"):
-        Stages(tmp_path / "base", tmp_path / "out", PLAN, footage, minutes=10)
+        Stages(tmp_path / "base", tmp_path / "out", plan, footage, minutes=10)
