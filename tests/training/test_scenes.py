@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from liteframe.engines.package import InputError
 from liteframe.training import scenes
 from liteframe.training.backgrounds import Backgrounds
-from liteframe.training.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, ask, draw, pairs, render
+from liteframe.training.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, ask, describe, draw, pairs, render
 
 GREY = np.full((8, 224, 224, 3), 110, np.uint8)
 seeds = st.integers(0, 2**31)
@@ -83,6 +83,22 @@ def test_answers_are_seen_in_the_pixels(seed, split):
                 assert kind == "unknown" and answer == scenes.UNKNOWN
                 assert not any(thing.colour in words and thing.shape in words for thing in scene.things)
                 assert len(named) == 0 or "move" in words
+
+
+@given(seeds)
+def test_a_description_names_all_things_from_left_to_right(seed):
+    scene = draw(np.random.default_rng(seed), "train")
+    told = re.findall(r"a (\w+ \w+)", describe(scene).answer.lower())
+    assert sorted(told) == sorted(thing.name for thing in scene.things)
+    places = {thing.name: thing.at(0)[0] for thing in scene.things}
+    assert [places[name] for name in told] == sorted(places.values())
+
+
+def test_only_in_training_a_description_is_asked_for(sources):
+    backgrounds = Backgrounds([sources / "photo.png"])
+    for split in SPLITS:
+        kinds = [question.kind for question in scenes.sample(3, split, backgrounds, size=32).questions]
+        assert ("description" in kinds) == (split == "train") and 1 < len(kinds) <= 4
 
 
 @given(seeds)
