@@ -16,7 +16,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -78,9 +78,8 @@ FULL = Plan(
     distil=Recipe(steps=6000, batch=8, peak_lr=1e-3, warmup=100, save_every=200),
     align=Recipe(steps=4000, batch=4, peak_lr=5e-4, warmup=100),
 )
-SMOKE = Plan(
-    width=384,
-    heads=6,
+SMOKE = replace(
+    FULL,
     clips=64,
     held_out=64,
     tested=4,

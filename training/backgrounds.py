@@ -81,7 +81,7 @@ class Backgrounds:
             return _cut(video[start : start + (frames - 1) * step + 1 : step], random, size, 0.0)
         image = self._photos[random.integers(len(self._photos))]
         pan = PAN * random.random() if random.random() < 0.5 else 0.0
-        return _cut(image[None].repeat(frames, 0), random, size, pan)
+        return _cut(np.broadcast_to(image, (frames, *image.shape)), random, size, pan)
 
 
 def _cut(images: NDArray[np.uint8], random: np.random.Generator, size: int, pan: float) -> NDArray[np.uint8]:

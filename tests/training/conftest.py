@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import cv2
 import msgspec
@@ -11,7 +12,7 @@ from liteframe.export.models.vit import ViTConfig
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.loop import Recipe
 from safetensors.torch import load_file, save_file
-from train_demo import Plan, Stages
+from train_demo import SMOKE, Stages
 
 
 @pytest.fixture(scope="session")
@@ -40,11 +41,10 @@ def base(tiny_artifact, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plan():
-    return Plan(
+    return replace(
+        SMOKE,
         width=8,
         heads=1,
-        clips=64,
-        held_out=64,
         tested=3,
         distil=Recipe(steps=6, batch=8, peak_lr=1e-3, warmup=2, save_every=2),
         align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1, save_every=2),
