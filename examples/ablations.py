@@ -80,6 +80,7 @@ class Ablations(Stages):
         return (
             self.teach(teacher, self.folder / clips, dense=objective == "rtd")
             and self.distil(student, self.folder / clips, folder / "distil", objective)
+            and self.ground(student, folder / "ground")
             and self.align(student, folder / "align", folder / "artifact")
         )
 
@@ -100,7 +101,10 @@ class Ablations(Stages):
     def _with_teacher(self, name: str, config: EncoderConfig) -> bool:
         encoder = VideoEncoder(config).to(best_device())
         encoder.load_state_dict(self.teacher.state_dict())
-        return self.align(encoder, self._folder(name) / "align", self._folder(name) / "artifact", frozen=True)
+        folder = self._folder(name)
+        return self.ground(encoder, folder / "ground", frozen=True) and self.align(
+            encoder, folder / "align", folder / "artifact", frozen=True
+        )
 
     def _without_alignment(self) -> bool:
         """The student of "CTD" as it was distilled, with what was aligned to "WAP"."""

@@ -4,6 +4,7 @@
 
     teach      CLIP's features of made-up scenes and real footage, through WAP           FOLDER/clips
     distil     a student of 7.8 M parameters learns them: CTD                            FOLDER/distil
+    ground     student and projector learn to name what is where in SmolLM2's words      FOLDER/ground
     align      student, projector and a LoRA of SmolLM2 learn to answer questions: LMA   FOLDER/align
     write      the artifact, and its accuracy on questions that were held out            FOLDER/artifact
 
@@ -37,6 +38,7 @@ from liteframe.training.align import add_lora, align
 from liteframe.training.artifact import write_artifact
 from liteframe.training.backgrounds import Backgrounds
 from liteframe.training.distill import RATES, Objective, Taught, distil, evaluate, make_student, mean_target, teach
+from liteframe.training.ground import Sight, ground, named_right
 from liteframe.training.loop import TIME_IS_OVER, Recipe, best_device
 from liteframe.training.samples import Sample, write_samples
 from numpy.typing import NDArray
@@ -46,6 +48,7 @@ TEACHER_BLOCKS = 4  # of CLIP's twelve: what later ones say, so small a student 
 STRIDES = (Downsampling(1, (2, 2, 2)), Downsampling(3, (2, 1, 1)))
 FRAMES, FPS = 8, 2.0
 ALIGNED_FRAMES = (4, 8)  # of the videos of a step, in turns: in 4, one clip's tokens alone tell what happened
+ENCODER_SHARE = 0.1  # of alignment's learning rate: what the tokens name by now, only the LoRA has to learn
 ALIGNED_QUESTIONS = 6  # about a video, of which the answers are learned
 FOOTAGE_VIDEO = 0.6  # of real footage, from videos; the rest are photos that are panned over
 Footage = Callable[[str], Backgrounds]
@@ -58,6 +61,7 @@ class Plan:
         width, heads: of the student.
         clips, held_out: to distil from, and to judge the student on.
         tested: videos with questions.
+        sights: videos without, to judge grounding on.
     """
 
     width: int
@@ -65,7 +69,9 @@ class Plan:
     clips: int
     held_out: int
     tested: int
+    sights: int
     distil: Recipe
+    ground: Recipe
     align: Recipe
 
 
@@ -75,17 +81,33 @@ FULL = Plan(
     clips=10_240,
     held_out=256,
     tested=400,
+    sights=64,
     distil=Recipe(steps=6000, batch=8, peak_lr=1e-3, warmup=100, save_every=200),
-    align=Recipe(steps=4000, batch=4, peak_lr=5e-4, warmup=100),
+    ground=Recipe(steps=2400, batch=4, peak_lr=4e-4, warmup=50),
+    align=Recipe(steps=1200, batch=4, peak_lr=1e-3, warmup=30),
 )
 SMOKE = replace(
     FULL,
     clips=64,
     held_out=64,
     tested=4,
+    sights=2,
     distil=Recipe(steps=10, batch=8, peak_lr=1e-3, warmup=2),
-    align=Recipe(steps=4, batch=2, peak_lr=5e-4, warmup=1),
+    ground=Recipe(steps=4, batch=2, peak_lr=4e-4, warmup=1),
+    align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1),
 )
+
+
+def _frames(seed: int, batch: int) -> int:
+    return ALIGNED_FRAMES[seed // batch % len(ALIGNED_FRAMES)]
+
+
+def _tower(name: str) -> bool:
+    return name.startswith("backbone.")
+
+
+def _none(name: str) -> bool:
+    return False
 
 
 class Stages:
@@ -113,6 +135,7 @@ class Stages:
         return (
             self.teach(self.teacher, folder / "clips")
             and self.distil(student, folder / "clips", folder / "distil")
+            and self.ground(student, folder / "ground")
             and self.align(student, folder / "align", folder / "artifact")
             and self.judge(folder / "artifact")
         )
@@ -156,6 +179,28 @@ class Stages:
         self._console.print(f"distil: held-out loss {share:.3f} of predicting the mean, cosine {figures['cosine']:.3f}")
         return True
 
+    def ground(self, encoder: VideoEncoder, folder: Path, frozen: bool = False) -> bool:
+        """
+        Args:
+            frozen: the encoder's tower stays, only its projector learns.
+        """
+        artifact = load_artifact(self.base)
+        artifact.encoder, artifact.decoder = encoder, artifact.decoder.to(best_device())
+        draw = partial(self._seen, "train", self.footage("train"), encoder, self.plan.ground.batch)
+        stays = _tower if frozen else _none
+        if not ground(artifact, scenes.WORDS, draw, folder, self.plan.ground, stays, minutes=self._minutes):
+            return False
+        sights = [self._seen("test", self.footage("test"), encoder, 1, number) for number in range(self.plan.sights)]
+        shares = named_right(artifact, scenes.WORDS, sights)
+        told = zip(("colours", "shapes", "ways"), shares, strict=True)
+        self._console.print(f"ground: right in testing, {', '.join(f'{100 * n:.0f} % of {what}' for what, n in told)}")
+        return True
+
+    def _seen(self, split: str, scenery: Backgrounds, encoder: VideoEncoder, batch: int, seed: int) -> Sight:
+        rows, columns = (n // encoder.config.shuffle for n in encoder.projector.grid)
+        grid, size = (encoder.units_per_clip, rows, columns), encoder.config.vit.image_size[0]
+        return scenes.sight(seed, split, scenery, grid, _frames(seed, batch), FPS, size)
+
     def align(self, encoder: VideoEncoder, folder: Path, output: Path, frozen: bool = False) -> bool:
         """
         Args:
@@ -166,18 +211,16 @@ class Stages:
         # of two cores, dropout on every linear layer takes a quarter; no scene comes twice, and nothing is overfitted
         lora = add_lora(artifact.decoder.to(best_device()), dropout=0.0)
         draw = partial(self._asked, self.footage("train"), encoder.config.vit.image_size[0])
-
-        def stays(name: str) -> bool:
-            return frozen and name.startswith("backbone.")
-
-        if not align(artifact, lora, draw, folder, self.plan.align, stays, minutes=self._minutes):
+        stays = _tower if frozen else _none
+        rates = {"encoder_share": ENCODER_SHARE, "minutes": self._minutes}
+        if not align(artifact, lora, draw, folder, self.plan.align, stays, **rates):
             return False
         if not output.exists():
             write_artifact(self.base, artifact, lora, output)
         return True
 
     def _asked(self, scenery: Backgrounds, size: int, seed: int) -> Sample:
-        frames = ALIGNED_FRAMES[seed // self.plan.align.batch % len(ALIGNED_FRAMES)]
+        frames = _frames(seed, self.plan.align.batch)
         return scenes.sample(seed, "train", scenery, frames, FPS, size, ALIGNED_QUESTIONS)
 
     def judge(self, trained: Path) -> bool:

@@ -154,6 +154,7 @@ def align(
     recipe: Recipe,
     frozen: Callable[[str], bool] = lambda name: False,
     minutes: float = math.inf,
+    encoder_share: float = 1.0,
 ) -> bool:
     """Trains the artifact's encoder and projector, and a LoRA of its language model; see `loop.train`.
 
@@ -161,6 +162,7 @@ def align(
         lora: of the artifact's decoder; see `add_lora`.
         draw: the sample of a number from 0; its frames in whole clips of the encoder's size. Each is drawn once.
         frozen: which of the encoder's parameters are not trained, by name.
+        encoder_share: of the recipe's learning rate, that the encoder has; the LoRA has all of it.
     """
     encoder, decoder = artifact.encoder, artifact.decoder
     lora.train()
@@ -179,7 +181,10 @@ def align(
         with torch.autocast(device.type, torch.bfloat16):
             return answer_loss(decoder, rows, encoder(frames))
 
-    return train(folder, parameters, loss, recipe, minutes)
+    def share(name: str) -> float:
+        return encoder_share if name.startswith("encoder.") else 1.0
+
+    return train(folder, parameters, loss, recipe, minutes, share)
 
 
 def draw_from(folder: Path, encoder: EncoderConfig, frames: Sequence[int], seed: int) -> Callable[[int], Sample]:

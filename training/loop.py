@@ -85,6 +85,7 @@ def train(
     loss: Callable[[int], Tensor],
     recipe: Recipe,
     minutes: float = math.inf,
+    share: Callable[[str], float] = lambda name: 1.0,
 ) -> bool:
     """Trains to the recipe's end, going on from the folder's checkpoint if there is one. Parameters hold the result.
 
@@ -92,6 +93,7 @@ def train(
         parameters: what is trained, by name; matrices and larger decay, others do not.
         loss: of a step, by its number from 0; draws its batch by that and the recipe's seed. Torch is seeded.
         minutes: after which a checkpoint is written and training ends for now.
+        share: of the recipe's learning rate, by a parameter's name.
 
     Returns:
         Whether it came to the end.
@@ -101,9 +103,12 @@ def train(
         Diverged: parameters are those of the last checkpoint again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups, shares = [], list[float]()
+    for part in dict.fromkeys(map(share, parameters)):
+        ours = [parameter for name, parameter in parameters.items() if share(name) == part]
+        groups.append({"params": [p for p in ours if p.ndim > 1], "weight_decay": recipe.weight_decay})
+        groups.append({"params": [p for p in ours if p.ndim <= 1], "weight_decay": 0.0})
+        shares += [part, part]
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     log = _Log(folder / "log.jsonl")
     step = _resume(folder, parameters, optimizer, recipe)
@@ -117,8 +122,8 @@ def train(
         bar = progress.add_task(folder.name, total=recipe.steps, completed=step, loss=log.median())
         while step < recipe.steps and time.monotonic() < deadline:
             torch.manual_seed(recipe.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr(step)
+            for group, part in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = part * recipe.lr(step)
             with _attention_to_train(next(iter(parameters.values())).device):
                 value = loss(step)
                 optimizer.zero_grad(set_to_none=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..calib.questions import Question
 from .backgrounds import Backgrounds
+from .ground import NOTHING, Sight
 from .samples import Sample
 
 COLOURS = {
@@ -27,9 +28,18 @@ COLOURS = {
     "yellow": (246, 212, 40),
     "purple": (136, 44, 168),
     "white": (242, 242, 242),
+    "orange": (250, 128, 16),
+    "pink": (250, 150, 196),
+    "brown": (116, 70, 34),
+    "gray": (128, 128, 128),
+    "cyan": (48, 206, 214),
 }
+TESTED = ("red", "green", "blue", "yellow", "purple", "white")  # other colours are for training only
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+STAYS = "stays"
+WORDS = (tuple(COLOURS), SHAPES, (*DIRECTIONS, STAYS))  # that name a thing
+BACKWARDS = np.array([1, 0, 3, 2, 4, NOTHING])  # what the last group's are when time runs backwards
 NUMBERS = ("zero", "one", "two", "three", "four")
 UNKNOWN = "I can't tell."
 SPLITS = ("train", "validation", "test")
@@ -37,17 +47,20 @@ VIDEO_SHARE = 0.4  # of backgrounds, from videos
 EMPTY_SHARE = 0.04  # of scenes, without things
 RADII = (0.09, 0.14)  # of the frame's side
 FASTER = 2.2  # times as fast, at least
+MOVING = 0.75  # of a crowd
+CLIP = 4  # frames
 
 
 def pairs(split: str) -> list[tuple[str, str]]:
-    """Colours and shapes that go together in a split: of every five pairs three, one and one. All colours and all
-    shapes are in each."""
+    """Colours and shapes that go together in a split: of every five pairs of TESTED colours three, one and one. All
+    TESTED colours and all shapes are in each. In training other colours go with every shape, or a shape could be told
+    by its colour there, wrongly elsewhere."""
     taken = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
     return [
         (colour, shape)
         for i, colour in enumerate(COLOURS)
         for j, shape in enumerate(SHAPES)
-        if (i + j) % len(SHAPES) in taken
+        if ((i + j) % len(SHAPES) in taken if colour in TESTED else split == "train")
     ]
 
 
@@ -78,6 +91,12 @@ class Thing:
         return next((name for name, way in DIRECTIONS.items() if np.dot(way, self.velocity) > 0), None)
 
     @property
+    def words(self) -> tuple[int, ...]:
+        """One of each group of WORDS, by number."""
+        said = (self.colour, self.shape, self.direction or STAYS)
+        return tuple(group.index(word) for group, word in zip(WORDS, said, strict=True))
+
+    @property
     def speed(self) -> float:
         return float(np.hypot(*self.velocity))
 
@@ -96,12 +115,16 @@ def draw(random: np.random.Generator, split: str) -> Scene:
     if random.random() < EMPTY_SHARE:
         return Scene("empty", ())
     name = str(random.choice(list(PLOTS)))
-    plot = PLOTS[name]
+    things = _arranged(random, split, PLOTS[name])
+    return Scene(name, tuple(things[i] for i in random.permutation(len(things))))
+
+
+def _arranged(random: np.random.Generator, split: str, plot: Plot) -> list[Thing]:
     chosen = _chosen(random, split, int(random.integers(plot.fewest, plot.most + 1)))
     while True:
         things = plot.arrange(random, [replace(thing, start=_place(random, thing.radius)) for thing in chosen])
         if not _touch(things):
-            return Scene(name, tuple(things[i] for i in random.permutation(len(things))))
+            return things
 
 
 def _chosen(random: np.random.Generator, split: str, count: int) -> list[Thing]:
@@ -154,6 +177,10 @@ def _stand(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
     return things
 
 
+def _mill(random: np.random.Generator, things: list[Thing]) -> list[Thing]:
+    return [_moving(random, t, random.uniform(0.2, 0.65)) if random.random() < MOVING else t for t in things]
+
+
 @dataclass(frozen=True)
 class Plot:
     """
@@ -174,6 +201,7 @@ PLOTS = {
     "change": Plot(1, 2, _change),
     "stand": Plot(1, 4, _stand),
 }
+CROWD = Plot(2, 4, _mill)
 
 
 def _touch(things: list[Thing]) -> bool:
@@ -193,15 +221,20 @@ def render(scene: Scene, backgrounds: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Draws the things over uint8 (N, S, S, 3) RGB; returns new frames."""
     out = backgrounds.copy()
     for number, frame in enumerate(out):
-        for thing in scene.things:
-            if thing.appears <= (number + 0.5) / len(out) < thing.disappears:
-                _paint(frame, thing, number / max(len(out) - 1, 1))
+        for thing, centre in _seen(scene, number, len(out)):
+            _paint(frame, thing, centre)
     return out
 
 
-def _paint(frame: NDArray[np.uint8], thing: Thing, time: float) -> None:
+def _seen(scene: Scene, number: int, frames: int) -> list[tuple[Thing, tuple[float, float]]]:
+    """The things in a frame of so many, and where."""
+    time, middle = number / max(frames - 1, 1), (number + 0.5) / frames
+    return [(thing, thing.at(time)) for thing in scene.things if thing.appears <= middle < thing.disappears]
+
+
+def _paint(frame: NDArray[np.uint8], thing: Thing, centre: tuple[float, float]) -> None:
     side, fine = frame.shape[0], 16
-    points = (_outline(thing.shape) * thing.radius + thing.at(time)) * side
+    points = (_outline(thing.shape) * thing.radius + centre) * side
     polygon = np.round(points * fine).astype(np.int32)
     cv2.fillPoly(frame, [polygon], COLOURS[thing.colour], cv2.LINE_AA, shift=4)
     cv2.polylines(frame, [polygon], True, (20, 20, 20), max(1, side // 112), cv2.LINE_AA, shift=4)
@@ -246,7 +279,7 @@ def _answerable(scene: Scene, random: np.random.Generator) -> list[Question]:
         if thing.direction:
             add("direction", thing.direction, f"Which way does the {name} move?", f"Where does the {name} move to?")
         if scene.plot == "change":
-            change = "appears" if thing.appears > 0 else "disappears" if thing.disappears < 1 else "stays"
+            change = "appears" if thing.appears > 0 else "disappears" if thing.disappears < 1 else STAYS
             add("change", change, f"Does the {name} appear, disappear or stay?")
     if scene.plot == "stand":
         add("count", NUMBERS[len(things)], "How many objects are there?", "How many shapes can you see?")
@@ -310,6 +343,46 @@ def sample(
     seeds = SPLITS.index(split), seed
     random = np.random.default_rng(seeds)
     scene = draw(random, split)
-    shown = render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE, split == "train"))
+    shown = _shown(scene, random, split, backgrounds, frames, fps, size)
     described = (describe(scene),) if split == "train" else ()
     return Sample(shown, fps, described + ask(scene, np.random.default_rng((*seeds, 1)), most - len(described)))
+
+
+def sight(
+    seed: int, split: str, backgrounds: Backgrounds, grid: tuple[int, int, int], frames: int, fps: float, size: int
+) -> Sight:
+    """A video of a crowd in clips of CLIP frames, each also backwards, so that only the order of frames tells which way
+    things move; and of each token of a clip which thing's centre it sees.
+
+    Args:
+        grid: of a clip's tokens, (T, H, W).
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    random = np.random.default_rng((SPLITS.index(split), seed, 2))
+    scene = Scene("crowd", tuple(_arranged(random, split, CROWD)))
+    shown = _shown(scene, random, split, backgrounds, frames, fps, size)
+    clips = shown.reshape(-1, CLIP, *shown.shape[1:])
+    times, rows, columns = grid
+    words = np.full((len(clips), times, rows, columns, len(WORDS)), NOTHING)
+    for number in range(frames):
+        clip, within = divmod(number, CLIP)
+        for thing, (x, y) in _seen(scene, number, frames):
+            words[clip, within * times // CLIP, int(y * rows), int(x * columns)] = thing.words
+    back = words[:, ::-1].copy()
+    back[..., -1] = BACKWARDS[back[..., -1]]
+    both = np.concatenate([words, back])
+    return Sight(np.concatenate([clips, clips[:, ::-1]]), both.reshape(len(both), -1, len(WORDS)))
+
+
+def _shown(
+    scene: Scene,
+    random: np.random.Generator,
+    split: str,
+    backgrounds: Backgrounds,
+    frames: int,
+    fps: float,
+    size: int,
+) -> NDArray[np.uint8]:
+    return render(scene, backgrounds.sample(random, frames, fps, size, VIDEO_SHARE, split == "train"))

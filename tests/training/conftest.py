@@ -47,6 +47,7 @@ def plan():
         heads=1,
         tested=3,
         distil=Recipe(steps=6, batch=8, peak_lr=1e-3, warmup=2, save_every=2),
+        ground=Recipe(steps=4, batch=4, peak_lr=1e-3, warmup=1, save_every=2),
         align=Recipe(steps=4, batch=2, peak_lr=1e-3, warmup=1, save_every=2),
     )
 

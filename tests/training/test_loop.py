@@ -50,6 +50,16 @@ def test_rates_rise_linearly_and_fall_as_a_cosine(whole):
     np.testing.assert_allclose(rates[5:], 0.025 * (1 + np.cos(np.pi * np.arange(35) / 35)))
 
 
+def test_a_share_of_the_rate_is_that_of_the_step(tmp_path):
+    """Adam's first step is the learning rate, whatever the gradient."""
+    line = Line()
+    before = {name: value.detach().clone() for name, value in line.parameters.items()}
+    recipe = Recipe(steps=1, batch=4, peak_lr=0.05, warmup=0, weight_decay=0.0)
+    assert train(tmp_path, line.parameters, line.loss, recipe, share={"weight": 1.0, "bias": 0.2}.__getitem__)
+    for name, step in (("weight", 0.05), ("bias", 0.01)):
+        np.testing.assert_allclose((line.parameters[name] - before[name]).abs().detach(), step, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stop", [3, 8, 21])
 def test_an_interrupted_run_goes_on_to_the_same_losses(whole, tmp_path, stop):
     line = Line()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from liteframe.engines.package import InputError
 from liteframe.training import scenes
 from liteframe.training.backgrounds import Backgrounds
-from liteframe.training.scenes import COLOURS, SHAPES, SPLITS, Scene, Thing, ask, describe, draw, pairs, render
+from liteframe.training.scenes import COLOURS, SHAPES, SPLITS, TESTED, Scene, Thing, ask, describe, draw, pairs, render
 
 GREY = np.full((8, 224, 224, 3), 110, np.uint8)
 seeds = st.integers(0, 2**31)
@@ -35,10 +35,11 @@ def happens(spots):
 
 
 def test_splits_share_no_pair_and_have_all_colours_and_shapes():
-    sets = [set(pairs(split)) for split in SPLITS]
-    assert sum(map(len, sets)) == len(set.union(*sets)) == len(COLOURS) * len(SHAPES)
-    for chosen in sets:
-        assert {colour for colour, _ in chosen} == set(COLOURS) and {shape for _, shape in chosen} == set(SHAPES)
+    sets = {split: set(pairs(split)) for split in SPLITS}
+    assert sum(map(len, sets.values())) == len(set.union(*sets.values())) == len(COLOURS) * len(SHAPES)
+    for split, chosen in sets.items():
+        assert {shape for _, shape in chosen} == set(SHAPES)
+        assert {colour for colour, _ in chosen} == set(COLOURS if split == "train" else TESTED)
 
 
 @given(seeds, st.sampled_from(SPLITS))

@@ -31,8 +31,8 @@ def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, plan, foo
     import train_demo
 
     monkeypatch.setattr(train_demo.Stages, "judge", lambda self, trained: True)
-    for stage, runs in (("distil", 1), ("align", 2)):
-        train = train_demo.distil if stage == "distil" else train_demo.align
+    for stage, runs in (("distil", 1), ("ground", 2), ("align", 3)):
+        train = getattr(train_demo, stage)
 
         def interrupted(*arguments, train=train, **options):
             return train(*arguments, **(options | {"minutes": 0.0}))
@@ -41,7 +41,7 @@ def test_stages_that_were_interrupted_go_on_to_the_same(trained, base, plan, foo
             patch.setattr(train_demo, stage, interrupted)
             assert not Stages(base, tmp_path, plan, footage, minutes=10).run(), runs
     assert Stages(base, tmp_path, plan, footage, minutes=10).run()
-    for stage in ("distil", "align"):
+    for stage in ("distil", "ground", "align"):
         assert (tmp_path / stage / "log.jsonl").read_text() == (trained / stage / "log.jsonl").read_text()
 
 
