@@ -1,9 +1,9 @@
 """The paper's ablations in miniature: what else could stand where the student stands, and the model in each precision.
 
-    python examples/train_demo.py FOLDER                        first: it leaves the teacher, clips and questions there
+    python examples/train_demo.py FOLDER                        first: it leaves the teacher and questions there
     python examples/ablations.py FOLDER [--minutes 120]         leaves FOLDER/ablations/page
 
-Each stands before a language model that was aligned to it for as many steps, fewer than the demo's:
+Each was distilled, grounded and aligned in as many steps, fewer than the demo's, from a quarter of its clips:
 
     CTD              the demo's student
     RTD              the same student, which learned to reconstruct the teacher's features from its tokens
@@ -43,8 +43,10 @@ from train_demo import FPS, FRAMES, FULL, STRIDES, Stages
 
 PLAN = replace(
     FULL,
-    distil=Recipe(steps=500, batch=32, peak_lr=1e-3, warmup=50),
-    align=Recipe(steps=800, batch=4, peak_lr=5e-4, warmup=50),
+    clips=2_560,
+    distil=Recipe(steps=1500, batch=8, peak_lr=1e-3, warmup=50),
+    ground=Recipe(steps=600, batch=4, peak_lr=4e-4, warmup=50),
+    align=Recipe(steps=400, batch=4, peak_lr=1e-3, warmup=30),
 )
 SPACE_SIZE = 256  # pixels; 16 x 16 patches, which 4 divides
 PRECISIONS: tuple[Asked, ...] = ("fp32", "fp16", "int8")
@@ -78,8 +80,8 @@ class Ablations(Stages):
     ) -> bool:
         folder = self._folder(name)
         return (
-            self.teach(teacher, self.folder / clips, dense=objective == "rtd")
-            and self.distil(student, self.folder / clips, folder / "distil", objective)
+            self.teach(teacher, self._folder(clips), dense=objective == "rtd")
+            and self.distil(student, self._folder(clips), folder / "distil", objective)
             and self.ground(student, folder / "ground")
             and self.align(student, folder / "align", folder / "artifact")
         )
@@ -111,7 +113,7 @@ class Ablations(Stages):
         output, aligned = self._folder("CTD without LMA") / "artifact", self._folder("WAP") / "artifact"
         if not output.exists():
             student, artifact = self.student(), load_artifact(self.base)
-            self.distil(student, self.folder / "clips", self._folder("CTD") / "distil")
+            self.distil(student, self._folder("clips"), self._folder("CTD") / "distil")
             student.projector.load_state_dict(load_artifact(aligned).encoder.projector.state_dict())
             artifact.encoder, lora = student, add_lora(artifact.decoder)
             load_adapter(lora, aligned / "adapter")

@@ -30,7 +30,7 @@ from ..runtime.plot import Picture
 PEAK_LR = 4e-5  # LiteFrame, Appendix A
 WINDOW = 25  # steps, whose median is looked at
 TIME_IS_OVER = "time is over; the same command goes on"
-DIVERGED = 3.0  # times the lowest median so far
+DIVERGED = 3.0  # times the lowest median so far, and nearer to the first than to that
 
 
 class Diverged(GateError):
@@ -167,13 +167,13 @@ class _Log:
     def __init__(self, path: Path):
         self._path = path
         self._losses: list[float] = []
-        self._lowest = math.inf
+        self._lowest, self._first = math.inf, math.nan
 
     def cut(self, step: int) -> None:
         """Keeps what is before a step."""
         lines = self._path.read_text().splitlines()[:step] if self._path.exists() else []
         self._path.write_text("".join(line + "\n" for line in lines))
-        self._losses, self._lowest = [], math.inf
+        self._losses, self._lowest, self._first = [], math.inf, math.nan
         for line in lines:
             self._note(float(json.loads(line)["loss"]))
 
@@ -184,6 +184,8 @@ class _Log:
 
     def _note(self, loss: float) -> None:
         self._losses.append(loss)
+        if len(self._losses) == WINDOW:
+            self._first = self.median()
         if len(self._losses) >= WINDOW:
             self._lowest = min(self._lowest, self.median())
 
@@ -192,7 +194,9 @@ class _Log:
 
     @property
     def diverged(self) -> bool:
-        return not math.isfinite(self._losses[-1]) or self.median() > DIVERGED * self._lowest
+        """Small losses scatter by more than DIVERGED; what has fallen far is to have risen far, too."""
+        most = max(DIVERGED * self._lowest, (self._first + self._lowest) / 2)
+        return not math.isfinite(self._losses[-1]) or self.median() > most
 
     def plot(self, path: Path) -> None:
         if len(self._losses) < 2:

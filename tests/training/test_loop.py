@@ -103,6 +103,21 @@ def test_a_loss_that_diverges_stops_with_the_last_good_checkpoint(tmp_path, wron
     assert len(log(tmp_path)) <= 35 + WINDOW
 
 
+@pytest.mark.parametrize(("end", "diverges"), [(0.3, False), (3.5, True)])
+def test_small_losses_may_scatter_but_not_rise_to_where_they_began(tmp_path, end, diverges):
+    line = Line()
+
+    def scripted(step):
+        return line.layer.weight.sum() * 0 + (4.0 if step < 30 else 0.05 if step < 60 else end)
+
+    recipe = Recipe(steps=100, batch=4)
+    if diverges:
+        with pytest.raises(Diverged, match=r"diverged at step 7\d"):
+            train(tmp_path, line.parameters, scripted, recipe)
+    else:
+        assert train(tmp_path, line.parameters, scripted, recipe)
+
+
 def test_a_gradient_that_is_no_number_is_no_step(tmp_path):
     line = Line()
 
