@@ -125,7 +125,7 @@ class Ablations(Stages):
         rows = []
         for precision in PRECISIONS:
             calib = () if precision == "fp32" else calibration
-            package = self._package("demo", self.folder / "artifact", precision, calib)
+            package = self._package("demo", self.folder / "artifact", precision, calib, questions)
             rows.append(judge(f"demo, {precision}", package, questions))
             if precision == "fp32":
                 rows += [judge(f"demo, {what}", package, questions, shown, False) for shown, what in WITHOUT.items()]
@@ -136,10 +136,17 @@ class Ablations(Stages):
         print((self._folder("page") / "accuracy.md").read_text(), end="")
         return True
 
-    def _package(self, name: str, artifact: Path, precision: Asked = "fp32", calib: Sequence[Path] = ()) -> Package:
+    def _package(
+        self,
+        name: str,
+        artifact: Path,
+        precision: Asked = "fp32",
+        calib: Sequence[Path] = (),
+        questions: Path | None = None,
+    ) -> Package:
         output = self._folder("packages") / f"{name.replace(' ', '-')}-{precision}"
         if not output.exists():
-            build(artifact, "cpu", output, FRAMES, precision=precision, calib=calib)
+            build(artifact, "cpu", output, FRAMES, precision=precision, calib=calib, questions=questions)
         return open_package(output)
 
     def _calibration(self) -> tuple[Path, Path]:

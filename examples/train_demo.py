@@ -51,6 +51,7 @@ ALIGNED_FRAMES = (4, 8)  # of the videos of a step, in turns: in 4, one clip's t
 ENCODER_SHARE = 0.1  # of alignment's learning rate: what the tokens name by now, only the LoRA has to learn
 ALIGNED_QUESTIONS = 6  # about a video, of which the answers are learned
 FOOTAGE_VIDEO = 0.6  # of real footage, from videos; the rest are photos that are panned over
+NOTICE = "trained on made-up videos of coloured shapes that move; of other videos it knows nothing"
 Footage = Callable[[str], Backgrounds]
 
 
@@ -216,7 +217,7 @@ class Stages:
         if not align(artifact, lora, draw, folder, self.plan.align, stays, **rates):
             return False
         if not output.exists():
-            write_artifact(self.base, artifact, lora, output)
+            write_artifact(self.base, artifact, lora, output, NOTICE)
         return True
 
     def _asked(self, scenery: Backgrounds, size: int, seed: int) -> Sample:

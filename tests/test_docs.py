@@ -136,7 +136,7 @@ def video(tmp_path):
 @pytest.mark.parametrize("document", ["README.md", "docs/runtime.md"])
 def test_the_python_of_the_documents_runs(tiny_package, video, document):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.S)
-    code = code.replace("build/demo/clip-smollm2-cpu", str(tiny_package.folder)).replace("frames=64", "frames=16")
+    code = code.replace("build/demo/liteframe-smollm2-cpu", str(tiny_package.folder)).replace("frames=64", "frames=16")
     done = subprocess.run([sys.executable, "-c", code], cwd=video.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"Stats\(frames=[1-9]", done.stdout)
