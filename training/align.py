@@ -34,7 +34,7 @@ from ..export.torch_engine import chat_text
 from ..runtime.cli import guard
 from ..runtime.text import ChatText
 from .artifact import check_base, write_artifact
-from .loop import TIME_IS_OVER, Recipe, add_options, best_device, recipe_of, train
+from .loop import TIME_IS_OVER, Recipe, add_options, best_device, recipe_of, train, unfrozen
 from .samples import Sample
 
 RANK, ALPHA, DROPOUT = 4, 8, 0.05  # LiteFrame, Appendix A
@@ -166,10 +166,8 @@ def align(
     """
     encoder, decoder = artifact.encoder, artifact.decoder
     lora.train()
-    parameters = {f"encoder.{n}": p for n, p in encoder.named_parameters() if not frozen(n)}
+    parameters = {f"encoder.{n}": p for n, p in unfrozen(encoder, frozen).items()}
     parameters |= {f"decoder.{n}": p for n, p in decoder.named_parameters() if p.requires_grad}
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(not frozen(name))
     text, encode = chat_text(artifact), answer_ids(artifact)
     device = encoder.mean.device
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..export.artifact import Artifact
 from ..export.models.encoder import VideoEncoder
-from .loop import Recipe, train
+from .loop import Recipe, train, unfrozen
 
 NOTHING = -1
 QUIET, SMALL = 0.05, 0.1  # weights of the squares of what is said where nothing is, and of all tokens
@@ -86,16 +86,13 @@ def ground(
         frozen: which of the encoder's parameters are not trained, by name.
     """
     encoder, groups = artifact.encoder, embeddings(artifact, words)
-    parameters = {name: p for name, p in encoder.named_parameters() if not frozen(name)}
-    for name, parameter in encoder.named_parameters():
-        parameter.requires_grad_(not frozen(name))
 
     def loss(step: int) -> Tensor:
         sights = [draw(step * recipe.batch + i) for i in range(recipe.batch)]
         right = torch.from_numpy(np.concatenate([sight.words for sight in sights])).to(encoder.mean.device)
         return grounding_loss(_tokens(encoder, sights), groups, right)
 
-    return train(folder, parameters, loss, recipe, minutes)
+    return train(folder, unfrozen(encoder, frozen), loss, recipe, minutes)
 
 
 @torch.inference_mode()

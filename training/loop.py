@@ -79,6 +79,13 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return Recipe(options.steps, options.batch, options.lr)
 
 
+def unfrozen(module: nn.Module, frozen: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name; all others get no gradient."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not frozen(name))
+    return {name: parameter for name, parameter in module.named_parameters() if not frozen(name)}
+
+
 def train(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
