@@ -187,15 +187,19 @@ def _multiply_pixels(graph: ir.Graph, layer: ir.Node) -> None:
 
 
 def _add_to_bias(graph: ir.Graph, layer: ir.Node, more: NDArray) -> None:
+    """The sum keeps the name that it had; the product means something else now, and gets another."""
+    product = layer.outputs[0]
+    name, product.name = product.name, f"{product.name}_pixels"
     if (found := bias_behind(layer)) is not None:
         add, position = found
         before = add.inputs[position].const_value.numpy()  # type: ignore[union-attr]
         add.replace_input_with(position, add_initializer(graph, f"{add.name}:pixels", (before + more).astype("f4")))
         return
-    product = layer.outputs[0]
     bias = add_initializer(graph, f"{layer.name}:pixels", more.astype(np.float32))
     add = ir.node("Add", [product, bias], name=f"{layer.name}_Add")
-    product.replace_all_uses_with(output_like(add, product))
+    total = output_like(add, product)
+    product.replace_all_uses_with(total)
+    total.name = name
     add.replace_input_with(0, product)
     graph.insert_after(layer, add)
 

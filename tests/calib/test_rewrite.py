@@ -173,6 +173,26 @@ def test_names_of_values_stay(lower, tiny_graphs, key):
         assert len({*names}) == len(names)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_what_bears_a_name_where_pixels_are_multiplied_is_what_bore_it(tiny_graphs, observed, feeds, run, biased):
+    key = ("encoder", "fused")
+    reference, model = ir.load(tiny_graphs[key]), ir.load(tiny_graphs[key])
+    patches = "backbone.vit.patch_embedding/MatMul"
+    for graph in (reference, model) if not biased else ():
+        product = next(node for node in graph.graph if node.name == patches).outputs[0]
+        ((add, _),) = product.uses()
+        add.outputs[0].replace_all_uses_with(product)
+        graph.graph.remove(add, safe=True)
+    placement = plan(model, "fp32", "int8", {}, signed=False)
+    apply(model, placement, dict.fromkeys(placement.int8, (-1.0, 1.0)), signed_activations=False)
+    made = {value.name for node in model.graph for value in node.outputs}
+    both = [v.name for n in reference.graph if "patch_embedding" in str(n.name) for v in n.outputs if v.name in made]
+    floats = [name for name in both if name.rpartition("/")[2] in ("MatMul", "Add")]
+    assert len(floats) == 1
+    expected, found = (run(graph, feeds[key][0], floats)[floats[0]] for graph in (reference, model))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
 def test_weights_are_written_once_and_none_is_left_over(lower, key):
     for asked in wanted(key):
         model, _ = lower(key, asked)
