@@ -24,6 +24,7 @@ from pathlib import Path
 import msgspec
 from assets import fetch, read_prose
 from footage import backgrounds
+from liteframe.calib.accuracy import Shown
 from liteframe.engines.package import InputError, Package, open_package
 from liteframe.engines.targets import Asked
 from liteframe.export.artifact import load_artifact
@@ -36,7 +37,7 @@ from liteframe.training import scenes
 from liteframe.training.align import add_lora
 from liteframe.training.artifact import load_adapter, write_artifact
 from liteframe.training.distill import Objective, make_student
-from liteframe.training.evaluate import WITHOUT, judge, write_page
+from liteframe.training.evaluate import WITHOUT, Row, judge, write_page
 from liteframe.training.loop import TIME_IS_OVER, Recipe, best_device
 from liteframe.training.samples import write_samples
 from train_demo import FPS, FRAMES, FULL, STRIDES, Stages
@@ -126,15 +127,25 @@ class Ablations(Stages):
         for precision in PRECISIONS:
             calib = () if precision == "fp32" else calibration
             package = self._package("demo", self.folder / "artifact", precision, calib, questions)
-            rows.append(judge(f"demo, {precision}", package, questions))
+            rows.append(self._row(f"demo, {precision}", package))
             if precision == "fp32":
-                rows += [judge(f"demo, {what}", package, questions, shown, False) for shown, what in WITHOUT.items()]
+                rows += [self._row(f"demo, {what}", package, shown, False) for shown, what in WITHOUT.items()]
         for name in ("CTD", "RTD", "in space only", "WAP", "average", "CTD without LMA"):
-            rows.append(judge(name, self._package(name, self._folder(name) / "artifact"), questions))
+            rows.append(self._row(name, self._package(name, self._folder(name) / "artifact")))
         shutil.rmtree(self._folder("page"), ignore_errors=True)
         write_page(rows, self._folder("page"))
         print((self._folder("page") / "accuracy.md").read_text(), end="")
         return True
+
+    def _row(self, name: str, package: Package, shown: Shown = "video", timed: bool = True) -> Row:
+        path = self._folder("rows") / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row = judge(name, package, self.questions(), shown, timed)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(msgspec.json.encode(row))
+            partial.replace(path)
+        return msgspec.json.decode(path.read_bytes(), type=Row)
 
     def _package(
         self,
