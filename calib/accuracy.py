@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -82,7 +82,7 @@ def _plain(answer: str) -> str:
 
 def ask_all(
     respondent: Respondent,
-    videos: Sequence[tuple[NDArray[np.uint8], Sequence[Question]]],
+    videos: Iterable[tuple[NDArray[np.uint8], Sequence[Question]]],
     shown: Shown = "video",
     seed: int = 0,
     progress: str = "",

@@ -124,8 +124,10 @@ def build(
         table, accuracy = embedding_table(artifact, asked["decoder"]), None
         if questions is not None:
             runnable = {name: _runnable(name, target, folder, Path(scratch)) for name in GRAPHS}
-            with _step(f"answer {questions}"):
-                accuracy = gate_accuracy(questions, artifact, model, runnable, table, sorted(set(asked.values())))
+            with _step(f"answer {questions}") as progress:
+                accuracy = gate_accuracy(
+                    questions, artifact, model, runnable, table, sorted(set(asked.values())), progress
+                )
         if target.compiler == "onnxruntime":  # its engines are the graphs, optimised
             for path in sorted((folder / "graphs").iterdir()):
                 path.unlink()

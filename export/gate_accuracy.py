@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..calib.accuracy import Respondent, ask_all, percent_right, read_videos
+from ..calib.questions import Question
 from ..engines.package import Accuracy, GateError, Model
 from ..runtime.ort_engine import OrtDecoder, OrtEncoder
 from .artifact import Artifact
@@ -25,6 +27,7 @@ def gate_accuracy(
     engines: Mapping[GraphName, Path],
     table: NDArray,
     asked: list[str],
+    progress: Callable[[int, int], None],
 ) -> Accuracy:
     """
     Args:
@@ -32,6 +35,7 @@ def gate_accuracy(
         engines: of "encoder" and "decoder" the graph that ONNX Runtime runs on a CPU.
         table: the package's embeddings.
         asked: precisions of both.
+        progress: told how many videos of how many have been asked about, by modules and engines together.
 
     Raises:
         InputError: the folder holds no questions.
@@ -44,7 +48,14 @@ def gate_accuracy(
         chat_text(artifact, table),
         model,
     )
-    expected, found = (ask_all(who, videos) for who in (respondent(artifact, model), built))
+
+    def told(before: int) -> Iterator[tuple[NDArray[np.uint8], tuple[Question, ...]]]:
+        for done, video in enumerate(videos, start=before):
+            progress(done, 2 * len(videos))
+            yield video
+
+    expected = ask_all(respondent(artifact, model), told(0))
+    found = ask_all(built, told(len(videos)))
     different = [(a, b) for a, b in zip(expected, found, strict=True) if a.answer != b.answer]
     accuracy = Accuracy(
         questions=len(found), modules=percent_right(expected), engines=percent_right(found), different=len(different)

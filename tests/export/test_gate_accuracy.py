@@ -58,7 +58,13 @@ def gated(questions, tiny_artifact, tiny_package, asked, noise):
     table = artifact.decoder.model.embed_tokens.weight.detach().numpy()
     table = table + noise * np.random.default_rng(0).standard_normal(table.shape).astype(np.float32)
     engines = {name: package.path(package.engine(name).files[0]) for name in ("encoder", "decoder")}
-    return gate_accuracy(questions, artifact, package.manifest.model, engines, table, asked)
+    told: list[tuple[int, int]] = []
+    try:
+        return gate_accuracy(
+            questions, artifact, package.manifest.model, engines, table, asked, lambda *counts: told.append(counts)
+        )
+    finally:  # each video twice, once by the modules and once by the engines
+        assert told == [(done, len(told)) for done in range(len(told))] and told
 
 
 @pytest.mark.parametrize("asked", [["fp32"], ["fp16"], ["fp32", "int8"]])
