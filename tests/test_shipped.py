@@ -1,4 +1,4 @@
-"""The model that ships: what docs/accuracy.md says of it holds on the first videos of its test set."""
+"""The model that ships looks at its videos, and through time, on the first of its test set."""
 
 import pytest
 from footage import backgrounds
