@@ -92,10 +92,15 @@ def pareto(rows: list[Row]) -> Picture:
     picture.text(f"ms, vision and prefill; {slowest:.0f} at the right", width - right, height - 12, anchor="end")
     best = [row for row in rows if not any(_beats(other, row) for other in rows)]
     picture.line([at(row) for row in sorted(best, key=lambda row: row.total_ms or 0.0)], INK, 1)
-    for row, colour in zip(rows, COLOURS * len(rows), strict=False):
+    names: list[tuple[float, float]] = []
+    for row, colour in sorted(zip(rows, COLOURS * len(rows), strict=False), key=lambda pair: at(pair[0])[1]):
         x, y = at(row)
         picture.dot(x, y, colour)
-        picture.text(row.name, x + 8, y + 4, colour)
+        y += 4
+        while any(abs(x - other) < 7 * len(row.name) + 40 and abs(y - taken) < 12 for other, taken in names):
+            y += 2  # names that would cover each other go below
+        names.append((x, y))
+        picture.text(row.name, x + 8, y, colour)
     return picture
 
 
