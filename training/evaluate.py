@@ -23,6 +23,7 @@ from ..runtime.session import VideoSession
 
 WITHOUT: dict[Shown, str] = {"shuffled": "frames shuffled", "frame": "one frame", "nothing": "no video"}
 ITERATIONS, WARMUP = 20, 5
+LETTER, LINE = 7, 12  # pixels that a letter of a name takes, at most, and a line of them
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,16 @@ def pareto(rows: list[Row]) -> Picture:
     picture.text(f"ms, vision and prefill; {slowest:.0f} at the right", width - right, height - 12, anchor="end")
     best = [row for row in rows if not any(_beats(other, row) for other in rows)]
     picture.line([at(row) for row in sorted(best, key=lambda row: row.total_ms or 0.0)], INK, 1)
-    names: list[tuple[float, float]] = []
+    names: list[tuple[float, float, float]] = []  # start, end, line
     for row, colour in sorted(zip(rows, COLOURS * len(rows), strict=False), key=lambda pair: at(pair[0])[1]):
         x, y = at(row)
         picture.dot(x, y, colour)
         y += 4
-        while any(abs(x - other) < 7 * len(row.name) + 40 and abs(y - taken) < 12 for other, taken in names):
-            y += 2  # names that would cover each other go below
-        names.append((x, y))
-        picture.text(row.name, x + 8, y, colour)
+        start, end = x + 8, x + 8 + LETTER * len(row.name)
+        while any(start < b and a < end and abs(y - line) < LINE for a, b, line in names):
+            y += 1  # names that would cover each other go below
+        names.append((start, end, y))
+        picture.text(row.name, start, y, colour)
     return picture
 
 

@@ -1,6 +1,8 @@
 """The page of accuracies: its figures are those of the questions, its line joins what nothing beats."""
 
 import json
+import re
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -38,6 +40,22 @@ def test_what_is_as_fast_and_better_beats():
     assert not _beats(slow, row("same", 90, 200))
     svg = pareto([slow, fast, poor]).svg()
     assert svg.count("<circle") == 3 and all(name in svg for name in ("slow", "fast", "poor"))
+
+
+def test_names_in_the_plot_do_not_cover_each_other():
+    """Points that nearly coincide, and one whose long name reaches to the next."""
+    rows = [row(f"model {n}", 60 + n / 10, 300 + n) for n in range(6)]
+    rows += [row("a name that is longer than others", 30, 300), row("next", 30, 600), row("far", 30, 900)]
+    svg = pareto(rows).svg()
+    drawn = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', svg)
+    names = [(float(x), float(x) + 7 * len(text), float(y)) for x, y, text in drawn if text in {r.name for r in rows}]
+    assert len(names) == len(rows)
+    dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+    where = {(r.total_ms, r.accuracy["all"].percent) for r in rows}  # dots lie as latency and accuracy do
+    assert np.corrcoef(sorted(x for x, _ in dots), sorted(x for x, _ in where))[0, 1] == pytest.approx(1, abs=1e-5)
+    assert np.corrcoef(sorted(-y for _, y in dots), sorted(y for _, y in where))[0, 1] == pytest.approx(1, abs=1e-5)
+    for (left, right, line), (start, end, other) in combinations(names, 2):
+        assert right <= start or end <= left or abs(line - other) > 11
 
 
 @pytest.mark.parametrize("given", ["package", "name=/nowhere"])
