@@ -1,6 +1,9 @@
+import ctypes
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -238,6 +241,7 @@ def tiny_manifest():
                     compiler="tensorrt",
                     compiler_version="11.4.1",
                     capabilities=["8.0"],
+                    operators=None,
                 )
             )
         engines[1] = msgspec.structs.replace(engines[1], parity=None)
@@ -267,3 +271,36 @@ def tiny_manifest():
         )
 
     return write
+
+
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory):
+    """The top-level CMakeLists.txt built without a CUDA compiler: the folder, and what cmake said."""
+    assert shutil.which("cmake") and shutil.which("c++"), "the native tests need cmake and a C++ compiler"
+    folder = tmp_path_factory.mktemp("native")
+
+    def cmake(*arguments):
+        done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    told = cmake("-S", Path(__file__).parents[1], "-B", folder, "-DNVCC=OFF")
+    cmake("--build", folder)
+    return folder, told
+
+
+@pytest.fixture(scope="session")
+def native_host(native_build):
+    """The kernels' arithmetic as a library for this CPU."""
+    library = ctypes.CDLL(os.fspath(native_build[0] / "engines/native/libliteframe_host.so"))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.liteframe_depthwise_temporal_conv.argtypes = [integer, *[pointer] * 5, *[integer] * 12]
+    library.liteframe_depthwise_temporal_conv_backward.argtypes = [integer, *[pointer] * 6, *[integer] * 12]
+    library.liteframe_weighted_average_pool.argtypes = [
+        integer,
+        *[pointer] * 2,
+        *[integer] * 8,
+        ctypes.c_float,
+        integer,
+    ]
+    return library

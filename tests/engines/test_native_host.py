@@ -1,0 +1,247 @@
+"""The kernels' arithmetic, compiled for this CPU, against NumPy and torch in double precision."""
+
+import itertools
+import math
+import subprocess
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from liteframe.export.ops import depthwise_temporal_conv as conv_op
+from liteframe.export.ops import weighted_average_pool as pool_op
+
+TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+# half a unit in the last place of what comes out, and FP32's own on the way
+ERROR = {"fp32": 2e-6, "fp16": 2.0**-11 * 1.01, "bf16": 2.0**-8 * 1.01}
+SMALLEST = {"fp32": 1e-30, "fp16": 2.0**-24, "bf16": 1e-30}  # step of numbers near zero
+UNKNOWN_TYPE, BAD_SIZE, BAD_KERNEL, NO_THREADS = 1, 2, 3, 4
+
+
+def aligned(values, dtype):
+    """A copy that begins at a multiple of 64 bytes."""
+    values = np.asarray(values)
+    size = values.size * dtype.itemsize
+    space = np.empty(size + 64, np.uint8)
+    start = -space.ctypes.data % 64
+    out = space[start : start + size].view(dtype).reshape(values.shape)
+    out[...] = values
+    return out
+
+
+def at(array):
+    return None if array is None else array.ctypes.data
+
+
+def poisoned(shape, dtype):
+    return aligned(np.full(shape, np.nan), dtype)
+
+
+def three_axes(grid, kernel, strides):
+    """The library's sizes: a grid of one axis is one row."""
+    if len(grid) == 2:
+        return [*grid], [*kernel], [*strides]
+    return [1, *grid], [kernel[0], 1, kernel[1]], [strides[0], 1, strides[1]]
+
+
+class Convolution:
+    """Tensors of one, drawn from a seed in a type."""
+
+    def __init__(self, seed, type_, clips, time, grid, channels, kernel, strides, size=1.0):
+        random, self.type, dtype = np.random.default_rng(seed), type_, TYPES[type_]
+        self.sizes = clips, time, grid, channels, kernel, strides
+        self.grid, self.strides = grid, strides
+        self.x = aligned(random.normal(0, size, (clips, time, math.prod(grid), channels)), dtype)
+        self.weight = aligned(random.normal(0, 0.5, (channels, 1, *kernel)), dtype)
+        self.bias = aligned(random.normal(0, 1, channels), dtype)
+        out_time, *out_grid = (-(-n // s) for n, s in zip((time, *grid), strides, strict=True))
+        self.out_shape = clips, out_time, math.prod(out_grid), channels
+        self.residual, self.grad = (aligned(random.normal(0, size, self.out_shape), dtype) for _ in range(2))
+
+    def arguments(self, threads=2):
+        clips, time, grid, channels, kernel, strides = self.sizes
+        grid, kernel, strides = three_axes(grid, kernel, strides)
+        return [clips, time, *grid, channels, *kernel, *strides, threads]
+
+    def doubles(self):
+        return (np.asarray(array, np.float64) for array in (self.x, self.weight, self.bias))
+
+
+@st.composite
+def convolutions(draw):
+    """The student's forms, and any other."""
+    small = st.integers(1, 3)
+    known = draw(st.sampled_from([None, ((4,), (3, 1), (1, 1)), ((2,), (3, 1), (1, 1)), ((4, 0), (3, 3, 3), (2, 2, 2)),
+                                  ((2, 0), (3, 1, 1), (2, 1, 1))]))  # fmt: skip
+    if known is not None:
+        (time, *_), kernel, strides = known
+        axes = len(kernel) - 1
+    else:
+        axes, time = draw(st.integers(1, 2)), draw(st.integers(1, 6))
+        kernel = tuple(draw(st.sampled_from([1, 3, 5])) for _ in range(axes + 1))
+        strides = tuple(draw(small) for _ in range(axes + 1))
+    grid = tuple(draw(st.integers(1, 9)) for _ in range(axes))
+    channels = draw(st.sampled_from([1, 3, 8, 13, 16, 24, 72]))
+    seed, type_, clips = draw(st.integers(0, 2**32)), draw(st.sampled_from([*TYPES])), draw(small)
+    size = draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    return Convolution(seed, type_, clips, time, grid, channels, kernel, strides, size)
+
+
+def close(found, expected, magnitude, type_):
+    """Within what rounding sums of such magnitudes may cost."""
+    allowed = ERROR[type_] * np.abs(expected) + 2e-6 * magnitude + SMALLEST[type_]
+    assert (np.abs(np.asarray(found, np.float64) - expected) <= allowed).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=convolutions(), fused=st.booleans())
+def test_convolution_equals_numpys(native_host, case, fused):
+    out = poisoned(case.out_shape, TYPES[case.type])
+    residual = case.residual if fused else None
+    pointers = map(at, (case.x, case.weight, case.bias, residual, out))
+    assert native_host.liteframe_depthwise_temporal_conv([*TYPES].index(case.type), *pointers, *case.arguments()) == 0
+    added = np.asarray(case.residual, np.float64) if fused else 0.0
+    expected = conv_op.numpy_reference(*case.doubles(), case.grid, case.strides) + added
+    magnitude = conv_op.numpy_reference(*map(np.abs, case.doubles()), case.grid, case.strides) + np.abs(added)
+    close(out, expected, magnitude, case.type)
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=convolutions())
+def test_gradients_equal_those_that_torch_finds(native_host, case):
+    grad_x = poisoned(case.x.shape, TYPES[case.type])
+    grad_weight, grad_bias = (poisoned(array.shape, TYPES["fp32"]) for array in (case.weight, case.bias))
+    pointers = map(at, (case.x, case.weight, case.grad, grad_x, grad_weight, grad_bias))
+    found = native_host.liteframe_depthwise_temporal_conv_backward(
+        [*TYPES].index(case.type), *pointers, *case.arguments()
+    )
+    assert found == 0
+
+    def gradients(x, weight, bias, grad):
+        inputs = [torch.from_numpy(array).requires_grad_() for array in (x, weight, bias)]
+        out = conv_op.depthwise_temporal_conv(*inputs, case.grid, case.strides)
+        return [g.numpy() for g in torch.autograd.grad(out, inputs, torch.from_numpy(grad))]
+
+    arrays = [*case.doubles(), np.asarray(case.grad, np.float64)]
+    expected, magnitude = gradients(*arrays), gradients(*map(np.abs, arrays))
+    for number, (made, type_) in enumerate(((grad_x, case.type), (grad_weight, "fp32"), (grad_bias, "fp32"))):
+        close(made, expected[number], 10 * magnitude[number], type_)
+
+
+@st.composite
+def poolings(draw):
+    blocks = tuple(draw(st.integers(1, n)) for n in (2, 4, 3, 5, 3, 4))
+    return draw(st.integers(0, 2**32)), draw(st.integers(1, 3)), blocks, draw(st.sampled_from([1, 5, 8, 24, 40]))
+
+
+def pool(host, x, type_, blocks, threads=2):
+    nt, _, nh, _, nw, _ = blocks
+    out = poisoned((len(x), nt * nh * nw, x.shape[-1]), TYPES[type_])
+    scale = x.shape[-1] ** -0.5
+    arguments = len(x), *blocks, x.shape[-1], scale, threads
+    assert host.liteframe_weighted_average_pool([*TYPES].index(type_), at(x), at(out), *arguments) == 0
+    return np.asarray(out, np.float64)
+
+
+def tokens(seed, clips, blocks, channels, size, dtype):
+    nt, t, nh, h, nw, w = blocks
+    return aligned(np.random.default_rng(seed).normal(0, size, (clips, nt * t, 1 + nh * h * nw * w, channels)), dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=poolings(), type_=st.sampled_from([*TYPES]), size=st.sampled_from([1e-2, 1.0, 3.0]))
+def test_pooling_equals_numpys(native_host, case, type_, size):
+    seed, clips, blocks, channels = case
+    x = tokens(seed, clips, blocks, channels, size, TYPES[type_])
+    expected = pool_op.numpy_reference(np.asarray(x, np.float64), blocks)
+    # an error in a score changes a weight by as much
+    score = np.abs(np.asarray(x, np.float64)).max() ** 2 * channels**0.5
+    magnitude = np.abs(np.asarray(x, np.float64)).max() * (1 + score)
+    close(pool(native_host, x, type_, blocks), expected, magnitude, type_)
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_scores_that_exp_can_not_hold(native_host, type_):
+    """One token of each block wins by thousands; equal ones share."""
+    blocks, channels = (1, 4, 2, 2, 2, 2), 64
+    x = tokens(0, 1, blocks, channels, 60.0, TYPES[type_])
+    found = pool(native_host, x, type_, blocks)
+    expected = pool_op.numpy_reference(np.asarray(x, np.float64), blocks)
+    assert np.isfinite(found).all()
+    close(found, expected, 1e-3, type_)
+    x[:, :, 1:] = x[:, :1, 1:2]
+    x[:, :, 0] = x[:, :1, 0]
+    close(
+        pool(native_host, x, type_, blocks),
+        np.broadcast_to(np.asarray(x[0, 0, 1], np.float64), found.shape),
+        60.0,
+        type_,
+    )
+
+
+@pytest.mark.parametrize("type_", TYPES)
+def test_nan_and_infinity_stay_where_they_reach(native_host, type_):
+    case = Convolution(0, type_, 2, 4, (9,), 16, (3, 1), (1, 1))
+    case.x[0, 1, 4, 3] = np.nan
+    case.x[1, 3, 0, 5] = np.inf
+    out = poisoned(case.out_shape, TYPES[type_])
+    pointers = map(at, (case.x, case.weight, case.bias, None, out))
+    assert native_host.liteframe_depthwise_temporal_conv([*TYPES].index(type_), *pointers, *case.arguments()) == 0
+    out = np.asarray(out, np.float64)
+    reached = np.zeros(out.shape, bool)
+    reached[0, 0:3, 4, 3] = reached[1, 2:4, 0, 5] = True
+    assert (np.isfinite(out) != reached).all()
+    assert np.isnan(out[0, 0:3, 4, 3]).all() and np.isinf(out[1, 2:4, 0, 5]).all()
+
+    blocks = (1, 4, 2, 2, 2, 2)
+    x = tokens(1, 2, blocks, 16, 1.0, TYPES[type_])
+    x[0, 2, 1, 0] = np.nan  # of the first block of the first clip
+    found = pool(native_host, x, type_, blocks)
+    assert np.isnan(found[0, 0]).all()
+    assert np.isfinite(found[0, 1:]).all() and np.isfinite(found[1]).all()
+    x[0, 2, 1, 0] = 0.0
+    x[0, 2, 1] = x[0, 2, 0] = np.finfo(np.float32).max if type_ != "fp16" else np.inf  # its score is infinite
+    assert np.isnan(pool(native_host, x, type_, blocks)[0, 0]).all()
+
+
+def test_any_number_of_threads_gives_the_same(native_host):
+    case = Convolution(0, "fp32", 3, 4, (7, 5), 24, (3, 3, 3), (2, 2, 2))
+    x = tokens(0, 3, (1, 4, 2, 2, 3, 2), 24, 1.0, TYPES["fp32"])
+    made = []
+    for threads in (1, 2, 3, 64):
+        out = poisoned(case.out_shape, TYPES["fp32"])
+        pointers = map(at, (case.x, case.weight, case.bias, None, out))
+        assert native_host.liteframe_depthwise_temporal_conv(0, *pointers, *case.arguments(threads)) == 0
+        made.append((out, pool(native_host, x, "fp32", (1, 4, 2, 2, 3, 2), threads)))
+    for out, pooled in made[1:]:
+        np.testing.assert_array_equal(out, made[0][0])
+        np.testing.assert_array_equal(pooled, made[0][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"type": 3}, UNKNOWN_TYPE),
+        *(({place: 0}, BAD_SIZE) for place in (0, 1, 2, 3, 4, 8, 9, 10)),
+        *(({place: size}, BAD_KERNEL) for place, size in itertools.product((5, 6, 7), (0, 2, 127))),
+        ({5: 7, 6: 7, 7: 7}, BAD_KERNEL),
+        ({11: 0}, NO_THREADS),
+    ],
+)
+def test_what_can_not_be_done_is_refused(native_host, change, status):
+    arguments = [1, 4, 1, 3, 8, 3, 1, 1, 1, 1, 1, 1]
+    for place in change.keys() - {"type"}:
+        arguments[place] = change[place]
+    type_, untouched = change.get("type", 0), [0] * 6
+    assert native_host.liteframe_depthwise_temporal_conv(type_, *untouched[:5], *arguments) == status
+    assert native_host.liteframe_depthwise_temporal_conv_backward(type_, *untouched, *arguments) == status
+
+
+def test_cmake_builds_the_host_part_without_nvcc_and_says_so(native_build):
+    folder, told = native_build
+    assert "no CUDA compiler (nvcc): the kernels and TensorRT's plugin library are left out" in told
+    assert not [*folder.rglob("*.cubin")]
+    done = subprocess.run(["ctest", "--test-dir", folder, "--output-on-failure"], capture_output=True, text=True)
+    assert done.returncode == 0 and "100% tests passed" in done.stdout, done.stdout + done.stderr
