@@ -62,9 +62,10 @@ class LiteFrameConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
 
 
 class TemporalConv(nn.Module):
-    """Depth-wise convolution over the time steps of each token, CLS included; zero-padded, so clips never meet.
+    """x plus its depth-wise convolution over the time steps of each token, CLS included; zero-padded, so clips never
+    meet.
 
-    Starts at zero: inside the block's residual connection a fresh student equals its frame-wise teacher.
+    Starts at zero: a fresh student equals its frame-wise teacher.
     """
 
     def __init__(self, size: int, kernel: int, time_steps: int):
@@ -77,7 +78,7 @@ class TemporalConv(nn.Module):
         """x (clips * T, N, C) -> (clips * T, N, C)"""
         tokens, size = x.shape[1:]
         clips = x.reshape(-1, self.time_steps, tokens, size)
-        out = depthwise_temporal_conv(clips, self.weight, self.bias, grid=(tokens,), strides=(1, 1))
+        out = depthwise_temporal_conv(clips, self.weight, self.bias, (tokens,), (1, 1), residual=clips)
         return out.reshape(-1, tokens, size)
 
 

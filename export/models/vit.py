@@ -132,7 +132,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block. `temporal` mixes the frames of a clip, token by token, after the spatial attention."""
+    """A pre-norm block. `temporal` mixes the frames of a clip, token by token, after the spatial attention; what it
+    returns has its residual connection inside."""
 
     def __init__(self, config: ViTConfig, temporal: nn.Module | None = None):
         super().__init__()
@@ -149,7 +150,7 @@ class Block(nn.Module):
         """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         if self.temporal is not None:
-            x = x + self.temporal(x)
+            x = self.temporal(x)
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 

@@ -33,36 +33,65 @@ ATTRIBUTES = ("grid", "strides", "pads", "channels", "to_channels_first", "to_ch
 
 
 def depthwise_temporal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], strides: Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: Sequence[int],
+    strides: Sequence[int],
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """See the head of this file for shapes. Under export it becomes one node."""
-    clips, channels = x.shape[0], x.shape[3]
-    pads = [k // 2 for k in weight.shape[2:]]
-    # positions of the axes of (clips, T, *grid, C)
-    to_first = [0, len(grid) + 2, *range(1, len(grid) + 2)]
-    to_last = [0, *range(2, len(grid) + 3), 1]
+    """See the head of this file for shapes. Under export it becomes one node; on CUDA it is a kernel of engines/native.
+
+    Args:
+        residual: (clips, T', N', C), added to what comes out; in a graph by a node of its own.
+    """
     if torch.compiler.is_exporting():
-        time, *space = (math.ceil(n / s) for n, s in zip((x.shape[1], *grid), strides, strict=True))
-        return torch.onnx.ops.symbolic(
+        pads, (to_first, to_last) = [k // 2 for k in weight.shape[2:]], axes(grid)
+        out = torch.onnx.ops.symbolic(
             f"{DOMAIN}::{NAME}",
             (x, weight, bias),
             {
                 "grid": list(grid),
                 "strides": list(strides),
                 "pads": pads * 2,
-                "channels": channels,
+                "channels": x.shape[3],
                 "to_channels_first": to_first,
                 "to_channels_last": to_last,
                 "plugin_namespace": DOMAIN,
             },
             dtype=x.dtype,
-            shape=(clips, time, math.prod(space), channels),
+            shape=output_shape(x.shape, grid, strides),
             version=VERSION,
         )
+    elif x.is_cuda and x.dtype != torch.float64:
+        from . import torch_library
+
+        return torch_library.convolve(x, weight, bias, list(grid), list(strides), residual)
+    else:
+        out = reference(x, weight, bias, grid, strides)
+    return out if residual is None else out + residual
+
+
+def output_shape(shape: Sequence[int], grid: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of tokens of a shape."""
+    time, *space = (math.ceil(n / s) for n, s in zip((shape[1], *grid), strides, strict=True))
+    return shape[0], time, math.prod(space), shape[3]
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """By torch's own convolution."""
+    to_first, to_last = axes(grid)
+    clips, time, _, channels = x.shape
     conv = {1: F.conv2d, 2: F.conv3d}[len(grid)]
-    x = x.reshape(clips, x.shape[1], *grid, channels).permute(to_first)
-    out = conv(x, weight, bias, stride=tuple(strides), padding=tuple(pads), groups=channels)
+    pads = tuple(k // 2 for k in weight.shape[2:])
+    x = x.reshape(clips, time, *grid, channels).permute(to_first)
+    out = conv(x, weight, bias, stride=tuple(strides), padding=pads, groups=channels)
     return out.permute(to_last).reshape(clips, out.shape[2], -1, channels)
+
+
+def axes(grid: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of (clips, T, *grid, C) with the channels behind the clips, and back."""
+    return [0, len(grid) + 2, *range(1, len(grid) + 2)], [0, *range(2, len(grid) + 3), 1]
 
 
 def function_body(opset: int) -> onnx.FunctionProto:

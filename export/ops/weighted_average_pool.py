@@ -29,21 +29,36 @@ ATTRIBUTES = ("blocks", "scale", "plugin_namespace")
 
 
 def weighted_average_pool(x: Tensor, blocks: Sequence[int]) -> Tensor:
-    """See the head of this file for shapes. Under export it becomes one node."""
-    clips, channels = x.shape[0], x.shape[3]
-    nt, t, nh, h, nw, w = blocks
-    scale = channels**-0.5
+    """See the head of this file for shapes. Under export it becomes one node; on CUDA it is a kernel of
+    engines/native."""
     if torch.compiler.is_exporting():
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{NAME}",
             (x,),
-            {"blocks": list(blocks), "scale": scale, "plugin_namespace": DOMAIN},
+            {"blocks": list(blocks), "scale": x.shape[3] ** -0.5, "plugin_namespace": DOMAIN},
             dtype=x.dtype,
-            shape=(clips, nt * nh * nw, channels),
+            shape=output_shape(x.shape, blocks),
             version=VERSION,
         )
+    if x.is_cuda and x.dtype != torch.float64:
+        from . import torch_library
+
+        return torch_library.pool(x, list(blocks))
+    return reference(x, blocks)
+
+
+def output_shape(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, int, int]:
+    """Of tokens of a shape."""
+    nt, _, nh, _, nw, _ = blocks
+    return shape[0], nt * nh * nw, shape[3]
+
+
+def reference(x: Tensor, blocks: Sequence[int]) -> Tensor:
+    """By torch's own operators."""
+    clips, channels = x.shape[0], x.shape[3]
+    nt, t, nh, h, nw, w = blocks
     cls, patches = x[:, :, :1], x[:, :, 1:]
-    scores = (patches * (cls * scale)).sum(-1)  # (clips, T, H*W)
+    scores = (patches * (cls * channels**-0.5)).sum(-1)  # (clips, T, H*W)
     scores = scores.reshape(clips, nt, t, nh, h, nw, w).permute(0, 1, 3, 5, 2, 4, 6)
     values = patches.reshape(clips, nt, t, nh, h, nw, w, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
     weights = scores.reshape(clips, nt * nh * nw, 1, t * h * w).softmax(-1)

@@ -14,7 +14,7 @@ HEAD = "lm_head/Gemm"
 PATCHES = "backbone.vit.patch_embedding/MatMul"
 # an FP32 residual beyond 65504, by a weight scaled
 OVERFLOWS = {
-    "encoder": ("backbone.vit.blocks.0.mlp.fc2/MatMul:1", 1e6, "backbone.vit.blocks.0/Add_3"),
+    "encoder": ("backbone.vit.blocks.0.mlp.fc2/MatMul:1", 1e6, "backbone.vit.blocks.0/Add_2"),
     "decoder": ("model.layers.0.mlp.down_proj/MatMul:1", 1e6, "model.layers.0/Add_2"),
 }
 

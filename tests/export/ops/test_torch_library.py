@@ -1,0 +1,202 @@
+"""The operators in torch's library: their contracts on a CPU, and what surrounds the CUDA kernels with the same
+arithmetic for this CPU in their place."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from liteframe.engines.kernels import PARTIAL_SUMS
+from liteframe.export.models.liteframe import Downsampling, LiteFrame, LiteFrameConfig
+from liteframe.export.models.vit import ViTConfig
+from liteframe.export.ops import depthwise_temporal_conv, torch_library, weighted_average_pool
+
+TYPES = ["fp32", "fp16", "bf16"]
+TORCH = {name: type_ for type_, name in torch_library.TYPES.items()}
+TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}  # of the largest value
+CASES = [
+    (4, (9,), 24, (3, 1), (1, 1)),
+    (4, (4, 6), 16, (3, 3, 3), (2, 2, 2)),
+    (2, (3, 5), 8, (3, 1, 1), (2, 1, 1)),
+    (5, (7,), 5, (5, 3), (1, 1)),
+]
+BLOCKS = [(1, 4, 2, 2, 3, 2), (2, 1, 1, 3, 2, 2)]
+
+
+def tensors(case, clips=2, dtype=torch.float64, seed=0):
+    time, grid, channels, kernel, strides = case
+    random = torch.Generator().manual_seed(seed)
+    positions = int(np.prod(grid))
+    x = torch.randn(clips, time, positions, channels, generator=random, dtype=torch.float64)
+    weight = torch.randn(channels, 1, *kernel, generator=random, dtype=torch.float64) / 2
+    bias = torch.randn(channels, generator=random, dtype=torch.float64)
+    shape = depthwise_temporal_conv.output_shape(x.shape, grid, strides)
+    residual = torch.randn(*shape, generator=random, dtype=torch.float64)
+    return [tensor.to(dtype).requires_grad_() for tensor in (x, weight, bias, residual)], list(grid), list(strides)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolution_keeps_torchs_contracts(case):
+    (x, weight, bias, residual), grid, strides = tensors(case)
+    for last in (None, residual):
+        arguments = (x, weight, bias, grid, strides, last)
+        torch.library.opcheck(torch_library.convolve, arguments)
+        assert torch.autograd.gradcheck(torch_library.convolve, arguments)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_pooling_keeps_torchs_contracts(blocks):
+    nt, t, nh, h, nw, w = blocks
+    x = torch.randn(2, nt * t, 1 + nh * h * nw * w, 8, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch_library.pool, (x, [*blocks]))
+    assert torch.autograd.gradcheck(torch_library.pool, (x, [*blocks]))
+
+
+# CUDA's side, on the host's arithmetic
+
+
+class HostKernels:
+    """Stands for `_launch`: reads off the entry point's name and the integers what a kernel would do, and has it done
+    by the host library on the same memory."""
+
+    def __init__(self, host):
+        self.host, self.launched = host, []
+
+    def __call__(self, kernel, clips, inputs, out):
+        self.launched.append(kernel.name)
+        inputs = [tensor.contiguous() for tensor in inputs]
+        type_ = torch_library.TYPES[inputs[0].dtype]
+        assert all(tensor.dtype == inputs[0].dtype for tensor in inputs) and out.is_contiguous()
+        number, pointers = TYPES.index(type_), [tensor.data_ptr() for tensor in inputs]
+        with torch.no_grad():
+            if kernel.name.startswith("weighted_average"):
+                *sizes, bits = kernel.integers
+                (scale,) = struct.unpack("<f", struct.pack("<i", bits))
+                done = self.host.liteframe_weighted_average_pool(
+                    number, *pointers, out.data_ptr(), clips, *sizes, scale, 1
+                )
+            elif "gradient" in kernel.name:
+                done = self._gradient(kernel, number, clips, inputs, out)
+            else:
+                residual = pointers[3:] or [None]
+                assert bool(pointers[3:]) == ("with_residual" in kernel.name)
+                done = self.host.liteframe_depthwise_temporal_conv(
+                    number, *pointers[:3], *residual, out.data_ptr(), clips, *kernel.integers, 1
+                )
+        assert done == 0
+
+    def _gradient(self, kernel, number, clips, inputs, out):
+        channels, taps = kernel.integers[3], int(np.prod(kernel.integers[4:7]))
+        weight_gradient, bias_gradient = torch.empty(channels, taps), torch.empty(channels)
+        if "input_gradient" in kernel.name:
+            (grad, weight), x, to = inputs, torch.zeros_like(out), out
+        else:
+            (x, grad), weight = inputs, inputs[0].new_zeros(channels, taps)
+            to = torch.empty_like(x)
+        arguments = (tensor.data_ptr() for tensor in (x, weight, grad, to, weight_gradient, bias_gradient))
+        done = self.host.liteframe_depthwise_temporal_conv_backward(number, *arguments, clips, *kernel.integers, 1)
+        if "weight_gradient" in kernel.name:  # spread over the thread blocks
+            whole = torch.cat([weight_gradient.T, bias_gradient[None]])
+            assert out.shape == (kernel.grid(clips)[0], *whole.shape) and len(out) <= PARTIAL_SUMS
+            share = torch.rand(len(out), 1, 1, generator=torch.Generator().manual_seed(0))
+            out.copy_(share / share.sum() * whole)
+        return done
+
+
+@pytest.fixture
+def on_host(native_host, monkeypatch):
+    stand_in = HostKernels(native_host)
+    monkeypatch.setattr(torch_library, "_launch", stand_in)
+    return stand_in
+
+
+def close(found, expected, type_):
+    assert found.shape == expected.shape
+    error, scale = ((found.double() - expected).abs().max(), expected.abs().max())
+    assert float(error.detach()) <= TOLERANCE[type_] * (float(scale.detach()) + 1e-6)
+
+
+@given(case=st.sampled_from(CASES), clips=st.integers(1, 3), type_=st.sampled_from(TYPES), seed=st.integers(0, 99))
+def test_what_surrounds_the_convolutions_kernels(native_host, case, clips, type_, seed):
+    wanted, grid, strides = tensors(case, clips, TORCH[type_], seed)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        stand_in = HostKernels(native_host)
+        patch.setattr(torch_library, "_launch", stand_in)
+        x, weight, bias, residual = wanted
+        grad = torch.randn(residual.shape, generator=torch.Generator().manual_seed(seed)).to(TORCH[type_])
+        out = torch_library.convolve_on_cuda(x, weight.float(), bias.float(), grid, strides, residual)
+        gradients = torch_library.convolve_backward_on_cuda(grad, x, weight.float(), grid, strides)
+    assert out.dtype == TORCH[type_] and [g.dtype for g in gradients] == [TORCH[type_], torch.float32, torch.float32]
+    inputs = [tensor.detach().double().requires_grad_() for tensor in wanted[:3]]
+    expected = depthwise_temporal_conv.reference(*inputs, grid, strides)
+    close(out, expected + wanted[3].double(), type_)
+    for found, one in zip(gradients, torch.autograd.grad(expected, inputs, grad.double()), strict=True):
+        close(found, one, type_)
+    forward = [name for name in stand_in.launched if "gradient" not in name]
+    assert len(forward) == (2 if set(strides) == {1} else 1)  # with stride 1 it is its own gradient
+    assert all(re.search(rf"_{type_}_[148]$", name) for name in stand_in.launched)
+
+
+@pytest.mark.parametrize("type_", TYPES)
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_what_surrounds_poolings_kernels(on_host, blocks, type_):
+    nt, t, nh, h, nw, w = blocks
+    x = torch.randn(3, nt * t, 1 + nh * h * nw * w, 16).to(TORCH[type_])
+    out = torch_library.pool_on_cuda(x, [*blocks])
+    close(out, weighted_average_pool.reference(x.double(), blocks), type_)
+    assert on_host.launched == [f"weighted_average_pool_{type_}"]
+
+
+def test_a_training_step_of_the_student_is_the_same_through_them(on_host, monkeypatch):
+    """Loss and gradients of every parameter, with the tensors taken for a GPU's."""
+    vit = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=(32, 32),
+        patch_size=4,
+    )
+    torch.manual_seed(0)
+    downsampling = Downsampling(2, (2, 2, 2)), Downsampling(3, (2, 1, 1))
+    student = LiteFrame(LiteFrameConfig(vit=vit, head_size=8, downsampling=downsampling))
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    frames = torch.randn(8, 32, 32, 3)
+
+    def step():
+        student.zero_grad()
+        loss = student(frames).square().mean()
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in student.parameters())]
+
+    expected = step()
+
+    class Through(torch.autograd.Function):
+        """What torch.library does on CUDA: the kernels forward, and the registered formula backward."""
+
+        @staticmethod
+        def forward(ctx, *inputs):
+            torch_library._keep_for_backward(ctx, inputs, None)
+            return torch_library.convolve_on_cuda(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            gradients = torch_library.convolve_backward_on_cuda(grad.contiguous(), x, weight, ctx.grid, ctx.strides)
+            return *gradients, None, None, grad if ctx.types[1] else None
+
+    def on_cuda(x, weight, bias, grid, strides, residual=None):
+        return Through.apply(x, weight, bias, [*grid], [*strides], residual)
+
+    monkeypatch.setattr("liteframe.export.models.liteframe.depthwise_temporal_conv", on_cuda)
+    for found, one in zip(step(), expected, strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-6)
+    kinds = {name.removeprefix("depthwise_temporal_conv_").removesuffix("_fp32_4") for name in on_host.launched}
+    assert kinds == {
+        "with_residual_temporal4", "with_residual_temporal2", "strided222", "strided211", "temporal4", "temporal2",
+        "input_gradient", "weight_gradient3",
+    }  # fmt: skip
