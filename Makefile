@@ -33,6 +33,8 @@ bench: $(READY)
 	$(BIN)/python -m pip install -q -e ".[bench]"
 	$(BIN)/python bench/encoder_cpu.py
 	$(BIN)/python bench/prefill_cpu.py
+	$(BIN)/cmake -S . -B build/native -DNVCC=OFF && $(BIN)/cmake --build build/native
+	$(BIN)/python bench/kernels_cpu.py
 	$(BIN)/python bench/int8_cpu.py
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/calibration_memory.py

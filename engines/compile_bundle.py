@@ -1,32 +1,58 @@
 """`liteframe compile`: the graphs in a package become engines, on the device, with TensorRT alone.
 
-The dialect follows from TensorRT's version. Engines that were compiled ahead of time are replaced.
+The dialect follows from TensorRT's version. Engines that were compiled ahead of time are replaced. Custom operators
+become kernels where that is faster; see operators.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import msgspec
 
-from . import compile_tensorrt, proof
+from . import compile_tensorrt, operators, proof
 from .device import find_gpus
-from .package import Engine, File, Graph, InputError, Package, describe_file, open_package, write_manifest
+from .inspect_package import describe_operators
+from .package import (
+    Engine,
+    File,
+    Graph,
+    InputError,
+    Operators,
+    Package,
+    describe_file,
+    open_package,
+    write_manifest,
+)
 from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
+PLUGINS_HELP = (
+    "custom operators as CUDA kernels: auto takes them where they are faster (default), never, require fails where "
+    "they can't be had"
+)
+LIBRARY_HELP = f"{operators.LIBRARY}, for TensorRT before {'.'.join(map(str, operators.EMBEDDED_SINCE))}"
 
-def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
+
+def compile_bundle(
+    folder: Path,
+    max_workspace: int | None = None,
+    plugins: operators.Choice = "auto",
+    library: Path | None = None,
+) -> Package:
     """Compiles both engines into the package; the manifest changes only when both are done.
 
     Args:
         max_workspace: bytes; see `compile_tensorrt.compile_graph`.
+        plugins, library: see `operators.compile_either_way`.
 
     Raises:
         InputError: not a package for TensorRT, no TensorRT, no GPU, another GPU than the target's, or a graph that
             this TensorRT does not take.
-        GateError: the compiled network has other types than asked for.
+        GateError: the compiled network has other types than asked for, or kernels differ from function bodies.
     """
     bundle = open_package(folder)
     target = TARGETS[bundle.manifest.target]
@@ -50,22 +76,46 @@ def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
             f"{folder}: TensorRT {trt.__version__} takes graphs in the {dialect} dialect, and packages for "
             f"{target.name} carry {', '.join(target.dialects)} ones; install TensorRT {needed} or later"
         )
+    if library is not None and not library.is_file():
+        raise InputError(f"{library}: no such file; expected {operators.LIBRARY}, which CMake builds")
     engines = []
-    temporary = []
+    temporary: list[tuple[Path, Path]] = []
+
+    def partial_of(name: str) -> Path:
+        partial = folder / f".{name}.{os.getpid()}"
+        temporary.append((partial, folder / name))
+        return partial
+
+    def described(partial: Path) -> File:
+        final = dict(temporary)[partial]
+        return msgspec.structs.replace(describe_file(folder, partial), path=final.name)
+
     try:
         for name in ("encoder", "decoder"):
             graph = bundle.graph(name, dialect)
-            path = bundle.path(graph.files[0])
-            compiled = compile_tensorrt.compile_graph(path, graph.inputs, "tensorrt", [], max_workspace)
+            path, capability = bundle.path(graph.files[0]), gpus[0].capability
+            told = None
+            if operators.has_operators(path):
+                chosen = operators.compile_either_way(path, graph.inputs, capability, max_workspace, plugins, library)
+                compiled, file = chosen.compiled, None
+                if chosen.way == "library":
+                    assert library is not None
+                    partial = partial_of(operators.LIBRARY)
+                    shutil.copyfile(library, partial)
+                    file = described(partial)
+                told = Operators(way=chosen.way, milliseconds=chosen.milliseconds, library=file)
+                if chosen.why:
+                    print(f"{name}: custom operators as function bodies; {chosen.why}", file=sys.stderr)
+            else:
+                compiled = compile_tensorrt.compile_graph(path, graph.inputs, "tensorrt", [], max_workspace)
             proof.check(name, graph.precision, compiled.proof)
-            final = folder / f"{name}.engine"
-            partial = folder / f".{name}.engine.{os.getpid()}"
-            temporary.append((partial, final))
+            partial = partial_of(f"{name}.engine")
             partial.write_bytes(compiled.engine)
-            described = msgspec.structs.replace(describe_file(folder, partial), path=final.name)
-            engines.append(describe_engine(graph, described, "tensorrt", compiled, gpus[0].capability))
+            engines.append(describe_engine(graph, described(partial), "tensorrt", compiled, capability, told))
         for partial, final in temporary:
             partial.replace(final)
+        if not any(final.name == operators.LIBRARY for _, final in temporary):
+            (folder / operators.LIBRARY).unlink(missing_ok=True)  # of engines that were here before
     finally:
         for partial, _ in temporary:
             partial.unlink(missing_ok=True)
@@ -74,7 +124,12 @@ def compile_bundle(folder: Path, max_workspace: int | None = None) -> Package:
 
 
 def describe_engine(
-    graph: Graph, file: File, flavour: compile_tensorrt.Flavour, compiled: compile_tensorrt.Compiled, capability: str
+    graph: Graph,
+    file: File,
+    flavour: compile_tensorrt.Flavour,
+    compiled: compile_tensorrt.Compiled,
+    capability: str,
+    told: Operators | None,
 ) -> Engine:
     """A manifest's entry for an engine that was compiled of a graph, on a device."""
     return Engine(
@@ -87,6 +142,7 @@ def describe_engine(
         compiler=flavour,
         compiler_version=compiled.version,
         capabilities=[capability],
+        operators=told,
         parity=None,
     )
 
@@ -97,12 +153,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--max-workspace", type=compile_tensorrt.mebibytes, metavar="MIB", help=compile_tensorrt.WORKSPACE_HELP
     )
+    parser.add_argument("--plugins", choices=operators.CHOICES, default="auto", help=PLUGINS_HELP)
+    parser.add_argument("--plugin-library", type=Path, metavar="FILE", help=LIBRARY_HELP)
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
-    made = compile_bundle(options.bundle, options.max_workspace)
+    made = compile_bundle(options.bundle, options.max_workspace, options.plugins, options.plugin_library)
     for engine in made.manifest.engines:
-        size = engine.files[0].bytes / 1e6
-        print(f"{engine.name}: {size:.0f} MB, {engine.dialect}, TensorRT {engine.compiler_version}")
+        size, told = engine.files[0].bytes / 1e6, describe_operators(engine)
+        print(
+            f"{engine.name}: {size:.0f} MB, {engine.dialect}, TensorRT {engine.compiler_version}{told and f'; {told}'}"
+        )
     if options.json:
         print(msgspec.json.encode(made.manifest).decode())
     return 0

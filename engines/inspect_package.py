@@ -50,6 +50,8 @@ def _print(package: Package) -> None:
             print(f"  precision asked {part.precision.asked}, tensors found {found}")
             for line in describe_kept(part.precision.kept):
                 print(f"  {line}")
+            if part.operators is not None:
+                print(f"  {describe_operators(part)}")
         figures = ", ".join(f"{name} {value}" for name, value in (part.parity or {}).items())
         print(f"  against torch: {figures or 'not run, no device for it where it was compiled'}")
         table = Table("", "tensor", "type", "shape", "min", "opt", "max", box=None, padding=(0, 1))
@@ -73,6 +75,14 @@ def describe_accuracy(told: Accuracy) -> str:
         f"{told.questions} questions: {told.engines:.2f} % right, the torch modules {told.modules:.2f} %; "
         f"{told.different} answers differ"
     )
+
+
+def describe_operators(engine: Engine) -> str:
+    """How its custom operators were compiled, and the times of both ways where there are two."""
+    if engine.operators is None:
+        return ""
+    times = ", ".join(f"{way} {time:.2f} ms" for way, time in engine.operators.milliseconds.items())
+    return f"custom operators: {engine.operators.way}{times and f' ({times})'}"
 
 
 def describe_kept(kept: list[Kept]) -> list[str]:

@@ -26,6 +26,7 @@ import msgspec
 from .targets import TARGETS, Asked, Compiler, Dialect
 
 FORMAT = 1
+Way = Literal["bodies", "embedded", "library"]  # in which custom operators get into an engine
 MANIFEST = "manifest.json"
 
 
@@ -82,6 +83,19 @@ class Precision(_Strict, frozen=True):
     kept: list[Kept]
 
 
+class Operators(_Strict, frozen=True):
+    """How the custom operators got into an engine; see engines/operators.py.
+
+    Attributes:
+        milliseconds: median of a run of the engine, by each way that was tried on the device; empty if one was.
+        library: what is loaded before the engine, if its kernels come from one.
+    """
+
+    way: Way
+    milliseconds: dict[Way, float]
+    library: File | None
+
+
 class Graph(_Strict, frozen=True):
     """An ONNX graph. `files`: the graph, then the weights beside it. `parity`: figures against the torch module."""
 
@@ -96,7 +110,8 @@ class Graph(_Strict, frozen=True):
 
 
 class Engine(_Strict, frozen=True):
-    """A compiled graph. `parity` is null where the engine could not be run on the machine that compiled it."""
+    """A compiled graph. `parity` is null where the engine could not be run on the machine that compiled it, `operators`
+    where the graph holds no custom ones."""
 
     name: Literal["encoder", "decoder"]
     dialect: Dialect
@@ -107,6 +122,7 @@ class Engine(_Strict, frozen=True):
     compiler: Compiler
     compiler_version: str
     capabilities: list[str]
+    operators: Operators | None
     parity: dict[str, float] | None
 
 
@@ -198,6 +214,9 @@ class Manifest(_Strict, frozen=True):
         parts: list[Graph | Engine] = [*self.graphs, *self.engines]
         for part in parts:
             yield from part.files
+        for engine in self.engines:
+            if engine.operators is not None and engine.operators.library is not None:
+                yield engine.operators.library
         yield from (*self.commands, *self.drift)
         yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
 

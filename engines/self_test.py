@@ -23,10 +23,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from . import compile_tensorrt, proof
+from . import compile_tensorrt, operators, proof
 from .compile_bundle import describe_engine
 from .device import find_gpus
-from .package import Model, Package, describe_file, open_package
+from .inspect_package import describe_operators
+from .package import Model, Operators, Package, describe_file, open_package
 from .targets import TENSORRT_MODULES, Dialect, dialect_for_tensorrt
 
 if TYPE_CHECKING:
@@ -121,13 +122,13 @@ def try_executor(executor: str) -> list[Result]:
         for dialect in dialects:
             what = f"{precision}, {dialect}"
             try:
-                made = _run_on(executor, bundle, dialect)
+                made, told = _run_on(executor, bundle, dialect)
             except NotTaken as why:
                 results.append(Result(executor, what, None, str(why)))
             except Exception as error:  # whatever goes wrong on a device is the verdict
                 results.append(Result(executor, what, False, f"{type(error).__name__}: {error}"))
             else:
-                results.append(compare(executor, what, made, expected, COSINE[precision]))
+                results.append(compare(executor, what, made, expected, COSINE[precision], told))
     return results
 
 
@@ -139,17 +140,19 @@ class NotTaken(Exception):
     """A TensorRT that is too old for a dialect."""
 
 
-def _run_on(executor: str, bundle: Package, dialect: Dialect) -> dict[str, NDArray[np.float32]]:
+def _run_on(executor: str, bundle: Package, dialect: Dialect) -> tuple[dict[str, NDArray[np.float32]], str]:
+    """What comes out, and how custom operators were compiled."""
     name, model = EXECUTORS[executor], bundle.manifest.model
     if name.endswith("Provider"):
         from ..runtime.ort_engine import OrtDecoder, OrtEncoder
 
         encoder, decoder = (bundle.path(bundle.graph(part, dialect).files[0]) for part in ("encoder", "decoder"))
-        return run(OrtEncoder(encoder, name), OrtDecoder(decoder, name, model.capacity), model)
+        return run(OrtEncoder(encoder, name), OrtDecoder(decoder, name, model.capacity), model), ""
     from ..runtime.trt_engine import open_trt
 
     with tempfile.TemporaryDirectory() as folder:
-        return run(*open_trt(compile_here(bundle, dialect, _flavour(executor), Path(folder))), model)
+        package = compile_here(bundle, dialect, _flavour(executor), Path(folder))
+        return run(*open_trt(package), model), describe_operators(package.engine("encoder"))
 
 
 def compile_here(bundle: Package, dialect: Dialect, flavour: compile_tensorrt.Flavour, folder: Path) -> Package:
@@ -169,23 +172,33 @@ def compile_here(bundle: Package, dialect: Dialect, flavour: compile_tensorrt.Fl
     engines = []
     for part in ("encoder", "decoder"):
         graph = bundle.graph(part, dialect)
-        path = bundle.path(graph.files[0])
-        compiled = compile_tensorrt.compile_graph(path, graph.inputs, flavour, [gpus[0].capability])
+        path, capability = bundle.path(graph.files[0]), gpus[0].capability
+        told = None
+        if flavour == "tensorrt" and operators.has_operators(path):  # both ways, which must agree
+            chosen = operators.compile_either_way(path, graph.inputs, capability, None, "auto", None)
+            compiled, told = chosen.compiled, Operators(way=chosen.way, milliseconds=chosen.milliseconds, library=None)
+        else:
+            compiled = compile_tensorrt.compile_graph(path, graph.inputs, flavour, [capability])
         proof.check(part, graph.precision, compiled.proof)
         file = folder / f"{part}.engine"
         file.write_bytes(compiled.engine)
-        engines.append(describe_engine(graph, describe_file(folder, file), flavour, compiled, gpus[0].capability))
+        engines.append(describe_engine(graph, describe_file(folder, file), flavour, compiled, capability, told))
     return Package(folder, msgspec.structs.replace(bundle.manifest, engines=engines))
 
 
 def compare(
-    executor: str, what: str, made: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any]], least: float
+    executor: str,
+    what: str,
+    made: dict[str, NDArray[Any]],
+    expected: dict[str, NDArray[Any]],
+    least: float,
+    told: str = "",
 ) -> Result:
-    """The least cosine between what an executor made and what was expected, step by step."""
+    """The least cosine between what an executor made and what was expected, step by step; `told` goes with it."""
     cosines = {}
     for name, value in expected.items():
         a, b = made[name].astype(np.float64).ravel(), value.astype(np.float64).ravel()
         cosines[name] = float(a @ b / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
     worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -2.0)
-    detail = f"least cosine {cosines[worst]:.7f} ({worst}), expected {least:g}"
+    detail = f"least cosine {cosines[worst]:.7f} ({worst}), expected {least:g}{told and f'; {told}'}"
     return Result(executor, what, bool(cosines[worst] >= least), detail)

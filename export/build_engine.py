@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,11 +35,14 @@ from ..calib.drift_report import summary, write_report
 from ..calib.layers import LayerDrift
 from ..calib.questions import read_questions
 from ..calib.ranges import METHODS
-from ..engines import compile_onnxruntime, compile_tensorrt, package, proof
+from ..engines import compile_onnxruntime, compile_tensorrt, operators, package, proof
+from ..engines.compile_bundle import LIBRARY_HELP, PLUGINS_HELP
+from ..engines.device import find_gpus
 from ..engines.inspect_package import describe_accuracy, describe_kept
 from ..engines.package import (
     Engine,
     File,
+    GateError,
     Graph,
     InputError,
     Kept,
@@ -65,6 +69,7 @@ QUESTION = "What happens in this video?"  # in polygraphy's inputs
 GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
 MAX_CLIPS = 16
 CPU = "CPUExecutionProvider"
+BODIES = package.Operators(way="bodies", milliseconds={}, library=None)  # ahead of time
 STAND_IN = "{name}.{dialect}.stand-in.onnx"
 VERSIONS = ("liteframe", "torch", "onnx", "onnxscript", "onnxruntime")
 Progress = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -85,8 +90,11 @@ def build(
     allow_drift: bool = False,
     max_workspace: int | None = None,
     questions: Path | None = None,
+    plugins: operators.Choice = "auto",
+    plugin_library: Path | None = None,
 ) -> package.Package:
-    """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle.
+    """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle; on that device the
+    bundle is finished at once.
 
     Args:
         frames: the most frames of a video; with the text around them they size the KV cache.
@@ -96,6 +104,7 @@ def build(
         calib, calib_cache, calib_method, allow_drift: see `precision.prepare`; for FP32 there is nothing to calibrate.
         max_workspace: bytes; see `compile_tensorrt.compile_graph`.
         questions: a folder of questions about videos, which what is built must answer as well; see `gate_accuracy`.
+        plugins, plugin_library: see `operators.compile_either_way`; ahead of time operators are function bodies.
 
     Raises:
         InputError: bad artifact or arguments.
@@ -105,6 +114,12 @@ def build(
     target = TARGETS[target_name]
     asked: dict[GraphName, Asked] = {"encoder": precision, "decoder": decoder_precision or precision}
     _check_arguments(target, asked, calib, calib_cache, max_workspace)
+    finish = _is_device_of(target)
+    if plugins == "require" and not finish:
+        raise InputError(
+            f"--plugins require: kernels are compiled and timed on the device, and this is not {target.name} with "
+            "TensorRT; build with --plugins auto, then run there: liteframe compile BUNDLE --plugins require"
+        )
     if questions is not None:
         read_questions(questions)  # before anything takes its time
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -155,7 +170,33 @@ def build(
                 sha256="",
             )
             package.write_manifest(folder, manifest)
+    if finish:
+        _finish(output, max_workspace, plugins, plugin_library)
     return package.open_package(output)
+
+
+def _is_device_of(target: Target) -> bool:
+    """Whether this machine has a GPU of the target's, and the TensorRT that compiles for it."""
+    gpus, _ = find_gpus()
+    on_device = target.compiler == "tensorrt" and bool(gpus) and gpus[0].capability in target.capabilities
+    return on_device and compile_tensorrt.available("tensorrt")
+
+
+def _finish(output: Path, max_workspace: int | None, plugins: operators.Choice, plugin_library: Path | None) -> None:
+    """By `liteframe compile` in a process of its own: polygraphy here drives TensorRT-RTX."""
+    command = [sys.executable, "-c", "import sys; from liteframe.runtime.cli import main; sys.exit(main())", "compile"]
+    command += [str(output), "--plugins", plugins]
+    if plugin_library is not None:
+        command += ["--plugin-library", str(plugin_library)]
+    if max_workspace is not None:
+        command += ["--max-workspace", str(max_workspace >> 20)]
+    with _step("compile on this device with TensorRT"):
+        done = subprocess.run(command, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise (GateError if done.returncode == 1 else InputError)(
+            f"{output}: the bundle is written, and was not finished, for the reason above; try again with: "
+            f"liteframe compile {output}"
+        )
 
 
 def _check_arguments(
@@ -378,6 +419,7 @@ def _make_engines(
                 compiler=compiler,
                 compiler_version=made_by,
                 capabilities=list(target.capabilities),
+                operators=BODIES if operators.has_operators(path) else None,
                 parity=parity,
             )
         )
@@ -481,6 +523,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--gate-accuracy", type=Path, metavar="DIR", help="questions about videos, to be answered as well as by torch"
     )
+    parser.add_argument("--plugins", choices=operators.CHOICES, default="auto", help=PLUGINS_HELP)
+    parser.add_argument("--plugin-library", type=Path, metavar="FILE", help=LIBRARY_HELP)
     parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET[-PRECISION] here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
@@ -501,6 +545,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.allow_drift,
         options.max_workspace,
         options.gate_accuracy,
+        options.plugins,
+        options.plugin_library,
     )
     print_report(made)
     if options.json:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,11 +127,24 @@ def load(package: Package, engine: Engine, cuda: Cuda) -> Loaded:
             f"{where}: compiled for compute capability {' '.join(engine.capabilities)}, this GPU has {capability}; "
             "build for a target that has it"
         )
+    if engine.operators is not None and engine.operators.library is not None:
+        _load_plugins(trt, package.path(engine.operators.library))
     logger = trt.Logger(trt.Logger.ERROR)
     loaded = trt.Runtime(logger).deserialize_cuda_engine(where.read_bytes())
     if loaded is None:
         raise InputError(f"{where}: {engine.compiler} {trt.__version__} refuses to load it; see its messages above")
     return Loaded(trt, loaded)
+
+
+def _load_plugins(trt: Any, library: Path) -> None:
+    """Once in a process; the file's hash was checked when the package was opened."""
+    registry = trt.get_plugin_registry()
+    known = registry.get_creator("DepthwiseTemporalConv", "1", "liteframe") is not None
+    if not known and registry.load_library(os.fspath(library)) is None:
+        raise InputError(
+            f"{library}: TensorRT {trt.__version__} does not load this library of plugins, which the engine needs; "
+            "compile the package again on this device"
+        )
 
 
 def open_trt(package: Package, profiling: bool = False, cuda: Cuda | None = None) -> tuple[TrtEncoder, TrtDecoder]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from liteframe.engines import compile_bundle, compile_tensorrt
+from liteframe.engines import compile_bundle, compile_tensorrt, operators
 from liteframe.engines.compile_tensorrt import Compiled
 from liteframe.engines.device import Gpu
 from liteframe.engines.package import GateError, InputError, Package, describe_file, open_package, write_manifest
@@ -37,6 +37,7 @@ def device(monkeypatch):
 
         monkeypatch.setattr(compile_tensorrt, "load", lambda flavour: SimpleNamespace(__version__=version))
         monkeypatch.setattr(compile_tensorrt, "compile_graph", compile_graph)
+        monkeypatch.setattr(operators, "has_operators", lambda graph: False)  # see test_operators_in_engines.py
         gpus = [gpu] if gpu else []
         monkeypatch.setattr(compile_bundle, "find_gpus", lambda: (gpus, "" if gpus else "no NVIDIA driver (Missing)"))
         return calls
@@ -119,6 +120,7 @@ def test_a_bundle_gets_engines_from_the_dialect_of_its_tensorrt(bundle, device, 
             "compiler": "tensorrt",
             "compiler_version": version,
             "capabilities": ["8.7"],
+            "operators": None,
             "parity": None,
         }
         assert [file.path for file in engine.files] == [f"{name}.engine"]

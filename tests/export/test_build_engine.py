@@ -11,7 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from liteframe.engines.package import GateError, InputError, open_package
+from liteframe.engines.device import Gpu
+from liteframe.engines.package import GateError, InputError, Operators, open_package
 from liteframe.engines.targets import PLAIN_TYPES, TARGETS
 from liteframe.export import build_engine, verify
 from liteframe.export.artifact import LiteFrameFolder
@@ -116,6 +117,47 @@ def test_the_cuda_package_is_for_its_provider_and_was_not_run(built):
     made = built("cuda")
     assert {engine.compiler for engine in made.manifest.engines} == {"onnxruntime"}
     assert all(engine.parity is None for engine in made.manifest.engines)
+
+
+@pytest.mark.parametrize("target", ["cpu", "a100"])
+def test_ahead_of_time_operators_are_function_bodies(built, target):
+    encoder, decoder = built(target).manifest.engines
+    assert encoder.operators == Operators(way="bodies", milliseconds={}, library=None)
+    assert decoder.operators is None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_that_are_required_where_the_device_is_not_are_refused_at_once(tiny_artifact, tmp_path, target):
+    with pytest.raises(InputError, match=r"--plugins require: .* liteframe compile BUNDLE --plugins require"):
+        build(tiny_artifact, target, tmp_path / "out", frames=16, plugins="require")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_on_its_device_a_bundle_is_finished_at_once_by_another_process(tiny_artifact, tmp_path, monkeypatch, capfd):
+    """Here, with no GPU, that process says so: the bundle stays."""
+    monkeypatch.setattr(build_engine, "find_gpus", lambda: ([Gpu("Orin", "8.7", 1)], ""))
+    monkeypatch.setattr(build_engine.compile_tensorrt, "available", lambda flavour: True)
+    with pytest.raises(InputError, match=r"the bundle is written, and was not finished.* liteframe compile .*orin"):
+        build(tiny_artifact, "jetson-orin", tmp_path / "orin", frames=16, plugins="require", max_workspace=64 << 20)
+    assert "tensorrt is not installed here" in capfd.readouterr().err
+    assert not open_package(tmp_path / "orin").manifest.engines
+
+    commands = []
+
+    def run(command, **options):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(build_engine.subprocess, "run", run)
+    arguments = {"plugins": "never", "plugin_library": Path("some.so")}
+    build(tiny_artifact, "jetson-orin", tmp_path / "again", frames=16, **arguments)
+    expected = ["compile", str(tmp_path / "again"), "--plugins", "never", "--plugin-library", "some.so"]
+    assert commands == [expected]
+
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(build_engine.subprocess, "run", lambda command, **options: failed)
+    with pytest.raises(GateError, match="was not finished"):
+        build(tiny_artifact, "jetson-orin", tmp_path / "failed", frames=16)
 
 
 def test_the_profiles_cover_the_manifests_numbers(built):

@@ -322,7 +322,19 @@ def test_build_reports_and_ends_with_one_json_document(call, tiny_artifact, tiny
     code, out, err = call("build", tiny_artifact, "--target", "cpu", "--frames", 16, "--json")
     assert code == 0
     given = [str(tiny_artifact), "cpu", "artifact-cpu", "16", "None", "None"]
-    assert [str(a) for a in asked[0]] == [*given, "fp32", "None", "[]", "None", "minmax", "False", "None", "None"]
+    assert [str(a) for a in asked[0]] == [
+        *given,
+        "fp32",
+        "None",
+        "[]",
+        "None",
+        "minmax",
+        "False",
+        "None",
+        "None",
+        "auto",
+        "None",
+    ]
     (line,) = out.splitlines()
     document = json.loads(line)
     assert document["package"] == str(tiny_package.folder)

@@ -9,6 +9,7 @@ ONNX Runtime's own executor on the same graphs; kernels are not.
 import ctypes
 import gc
 import importlib
+import shutil
 import sys
 import types
 
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 from liteframe.engines import self_test
 from liteframe.engines.compile_tensorrt import Compiled
 from liteframe.engines.device import Gpu, find_gpus
-from liteframe.engines.package import Engine, InputError, Package, open_package
+from liteframe.engines.operators import Chosen
+from liteframe.engines.package import Engine, InputError, Operators, Package, describe_file, open_package
 from liteframe.export.build_engine import build
 from liteframe.runtime import EngineError, VideoSession, profile, trt_engine
 from liteframe.runtime import session as session_module
@@ -266,6 +268,7 @@ def package_of(bundle, dialect, **model):
             compiler="tensorrt",
             compiler_version="10.3.0",
             capabilities=["8.7"],
+            operators=None,
             parity=None,
         )
         for graph in bundle.manifest.graphs
@@ -653,6 +656,62 @@ def test_an_engine_that_tensorrt_refuses_is_named(bundle, monkeypatch):
         open_trt(package, cuda=Cuda(cudart))
 
 
+@pytest.fixture
+def with_library(bundle, tmp_path, monkeypatch):
+    """Opens a package whose encoder needs a library of plugins, on a TensorRT that says None of it, or takes it."""
+    folder = tmp_path / "package"
+    shutil.copytree(bundle.folder, folder)
+    (folder / "libliteframe_plugins.so").write_bytes(b"a library")
+    package = package_of(Package(folder, bundle.manifest), "fused")
+    file = describe_file(folder, folder / "libliteframe_plugins.so")
+    told = Operators(way="library", milliseconds={}, library=file)
+    encoder, decoder = package.manifest.engines
+    engines = [msgspec.structs.replace(encoder, operators=told), decoder]
+    package = Package(folder, msgspec.structs.replace(package.manifest, engines=engines))
+    cudart, events = Cudart(), []
+
+    def open_on(answer, known=None):
+        trt = stand_in(package, cudart)
+        deserialize = trt.Runtime.deserialize_cuda_engine
+
+        def deserialize_later(self, content):
+            events.append("deserialised")
+            return deserialize(self, content)
+
+        def load_library(path):
+            events.append(path)
+            return answer
+
+        trt.Runtime.deserialize_cuda_engine = deserialize_later
+        trt.get_plugin_registry = lambda: types.SimpleNamespace(
+            get_creator=lambda *names: known if names == ("DepthwiseTemporalConv", "1", "liteframe") else None,
+            load_library=load_library,
+        )
+        import_in_executor(monkeypatch, lambda name: trt)
+        open_trt(package, cuda=Cuda(cudart))
+
+    return open_on, events, folder / "libliteframe_plugins.so"
+
+
+def test_a_library_of_plugins_is_loaded_before_the_engine(with_library):
+    open_on, events, library = with_library
+    open_on(object())
+    assert events == [str(library), "deserialised", "deserialised"]
+
+
+def test_a_library_whose_plugins_are_known_is_not_loaded_again(with_library):
+    open_on, events, _ = with_library
+    open_on(None, known=object())
+    assert events == ["deserialised"] * 2
+
+
+def test_a_library_that_tensorrt_refuses_is_named(with_library):
+    open_on, events, library = with_library
+    with pytest.raises(InputError, match=r"libliteframe_plugins\.so: TensorRT 10\.3\.0 does not load this library"):
+        open_on(None)
+    assert events == [str(library)]
+
+
 def test_without_tensorrt_it_says_which_is_wanted(bundle):
     with pytest.raises(
         InputError, match=r"compiled by tensorrt, which is not installed here; install version 10\.3\.0"
@@ -686,6 +745,11 @@ def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
         graphs[str(path).encode()] = path
         return Compiled(engine=str(path).encode(), proof=types.SimpleNamespace(found={}), version=version)
 
+    def compile_either_way(path, inputs, *others):
+        assert others == ("8.7", None, "auto", None)
+        compiled = compile_graph(path, inputs, "tensorrt", ["8.7"])
+        return Chosen(compiled, "bodies", {"bodies": 2.0, "embedded": 3.0})
+
     def deserialize(self, content):
         bundle = open_package(graphs[content].parents[1])
         (graph,) = (g for g in bundle.manifest.graphs if bundle.path(g.files[0]) == graphs[content])
@@ -696,6 +760,7 @@ def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
     trt.Runtime.deserialize_cuda_engine = deserialize
     monkeypatch.setattr(self_test.compile_tensorrt, "load", lambda flavour: trt)
     monkeypatch.setattr(self_test.compile_tensorrt, "compile_graph", compile_graph)
+    monkeypatch.setattr(self_test.operators, "compile_either_way", compile_either_way)
     monkeypatch.setattr(self_test.proof, "check", lambda name, precision, proof: None)
     monkeypatch.setattr(self_test, "find_gpus", lambda: ([Gpu("Orin", "8.7", 1)], ""))
     import_in_executor(monkeypatch, lambda name: trt)
@@ -706,6 +771,8 @@ def test_the_self_test_compiles_runs_and_judges(monkeypatch, version):
     }
     taken = [result.passed for what, result in results.items() if "plain" in what or version == "11.4.1"]
     assert all(taken) and len(taken) == (4 if version == "11.4.1" else 2)
+    told = "; custom operators: bodies (bodies 2.00 ms, embedded 3.00 ms)"
+    assert all(result.detail.endswith(told) for result in results.values() if result.passed)
     if version == "10.3.0":
         assert results["fp16, fused"].detail == "TensorRT 10.3.0 does not take this dialect"
     else:

@@ -1,0 +1,90 @@
+"""The operators as TensorRT's ahead-of-time Python plugins: an engine carries their kernels, and needs nothing beside.
+
+    node ──register: its output's shape──▶ network ──aot_impl: a kernel's PTX, launch, integers──▶ engine
+
+For TensorRT 10.9 and later, in the process that builds. Running such an engine needs neither this module nor Python.
+TensorRT reads these functions' annotations, which must not be text.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import tensorrt as trt
+import tensorrt.plugin as trtp
+
+from .kernels import ConvolutionShape, Kernel, Type, compile_kernel, convolution, pooling
+
+NAMESPACE = "liteframe"
+TYPES: dict[trt.DataType, Type] = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+ALIKE = "FP32|FP16|BF16"  # at several places: one of them throughout
+Implementation = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+
+
+def register(capability: str) -> None:
+    """Both operators, once in a process.
+
+    Args:
+        capability: for which PTX is compiled, as "8.0".
+
+    The functions raise InputError when NVRTC is not here.
+    """
+
+    def implementation(kernel: Kernel, clips: trtp.ShapeExpr) -> Implementation:
+        launch = trtp.KernelLaunchParams()
+        launch.grid_x = trtp.cdiv(clips * kernel.units, kernel.per_block)
+        launch.grid_y = kernel.columns
+        launch.block_x = kernel.threads
+        launch.shared_mem = kernel.shared
+        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(n) for n in (clips, *kernel.integers)])
+        return kernel.name, compile_kernel(kernel.entry, capability, "ptx"), launch, integers
+
+    @trtp.register(f"{NAMESPACE}::DepthwiseTemporalConv")
+    def convolved(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        grid: npt.NDArray[np.int32],
+        strides: npt.NDArray[np.int32],
+    ) -> trtp.TensorDesc:
+        out = x.like()
+        out.shape_expr[1] = trtp.cdiv(x.shape_expr[1], int(strides[0]))
+        out.shape_expr[2] = math.prod(-(-int(n) // int(s)) for n, s in zip(grid, strides[1:], strict=True))
+        return out
+
+    @trtp.autotune(f"{NAMESPACE}::DepthwiseTemporalConv")
+    def convolution_types(
+        x: trtp.TensorDesc, weight: trtp.TensorDesc, bias: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
+    ) -> list[trtp.AutoTuneCombination]:
+        return [trtp.AutoTuneCombination(", ".join([ALIKE] * 4), "LINEAR")]
+
+    @trtp.aot_impl(f"{NAMESPACE}::DepthwiseTemporalConv")
+    def convolution_kernel(
+        x: trtp.TensorDesc,
+        weight: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        grid: npt.NDArray[np.int32],
+        strides: npt.NDArray[np.int32],
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
+    ) -> Implementation:
+        time, channels = (x.shape_expr[axis].constant_value() for axis in (1, 3))
+        taps = [weight.shape_expr[axis].constant_value() for axis in range(2, weight.ndim)]
+        shape = ConvolutionShape.of(time, grid.tolist(), channels, taps, strides.tolist())
+        return implementation(convolution(TYPES[x.dtype], shape), x.shape_expr[0])
+
+    @trtp.register(f"{NAMESPACE}::WeightedAveragePool")
+    def pooled(x: trtp.TensorDesc, blocks: npt.NDArray[np.int32]) -> trtp.TensorDesc:
+        count = int(blocks[0]) * int(blocks[2]) * int(blocks[4])
+        return trtp.from_shape_expr((x.shape_expr[0], count, x.shape_expr[3]), x.dtype)
+
+    @trtp.autotune(f"{NAMESPACE}::WeightedAveragePool")
+    def pooling_types(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
+        return [trtp.AutoTuneCombination(", ".join([ALIKE] * 2), "LINEAR")]
+
+    @trtp.aot_impl(f"{NAMESPACE}::WeightedAveragePool")
+    def pooling_kernel(
+        x: trtp.TensorDesc, blocks: npt.NDArray[np.int32], outputs: tuple[trtp.TensorDesc], tactic: int
+    ) -> Implementation:
+        kernel = pooling(TYPES[x.dtype], blocks.tolist(), x.shape_expr[3].constant_value())
+        return implementation(kernel, x.shape_expr[0])
