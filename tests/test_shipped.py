@@ -10,54 +10,32 @@ from liteframe.training.samples import write_samples
 from liteframe_smollm2 import TRAINED, assemble
 from train_demo import FPS, FRAMES
 
-pytestmark = pytest.mark.slow
-VIDEOS = 48
+VIDEOS = 20
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shipped")
-    assemble(folder / "artifact")
+@pytest.mark.slow
+def test_it_answers_as_torch_does_and_looks_and_sees_the_order_of_frames(tmp_path):
+    """One test, for two workers would each build and ask."""
+    questions = tmp_path / "questions"
+    assemble(tmp_path / "artifact")
     scenery = backgrounds("test")
-    write_samples((scenes.sample(seed, "test", scenery, FRAMES, FPS) for seed in range(VIDEOS)), folder / "questions")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def package(folder):
-    """Its engines answer as torch does, or it would not be built."""
-    return build(folder / "artifact", "cpu", folder / "cpu", FRAMES, questions=folder / "questions")
-
-
-@pytest.fixture(scope="module")
-def asked(package, folder):
-    """Answers to all questions, by what was shown."""
-    model = package.manifest.model
-    videos = read_videos(folder / "questions", FRAMES, model.clip_length, model.image_size)
-    return {shown: ask_all(Respondent.of(package), videos, shown) for shown in ("video", "shuffled", "nothing")}
-
-
-def test_every_answer_of_the_engines_is_torchs(package):
-    accuracy = package.manifest.accuracy
+    write_samples((scenes.sample(seed, "test", scenery, FRAMES, FPS) for seed in range(VIDEOS)), questions)
+    package = build(tmp_path / "artifact", "cpu", tmp_path / "cpu", FRAMES, questions=questions)
+    accuracy, model = package.manifest.accuracy, package.manifest.model
     assert accuracy.different == 0 and accuracy.questions > 2 * VIDEOS
 
-
-def test_it_looks(asked):
+    videos = read_videos(questions, FRAMES, model.clip_length, model.image_size)
+    asked = {shown: ask_all(Respondent.of(package), videos, shown) for shown in ("video", "shuffled", "nothing")}
     assert percent_right(asked["video"]) >= percent_right(asked["nothing"]) + 30
-
-
-def test_it_sees_what_only_the_order_of_frames_tells(asked):
     seen, shuffled = (
         percent_right([one for one in asked[shown] if one.question.kind in ("direction", "order")])
         for shown in ("video", "shuffled")
     )
     assert seen >= shuffled + 25
 
-
-def test_about_what_is_not_there_it_can_not_tell(package, folder):
-    session = VideoSession(package)
-    session.watch(folder / "questions" / "00000.mp4", frames=FRAMES)
-    assert "".join(session.ask("What color is the house?")) == scenes.UNKNOWN
+    with VideoSession(package) as session:
+        session.watch(questions / "00000.mp4", frames=FRAMES)
+        assert "".join(session.ask("What color is the house?")) == scenes.UNKNOWN
 
 
 def test_it_is_small():
