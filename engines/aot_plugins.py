@@ -14,8 +14,8 @@ import tensorrt as trt
 import tensorrt.plugin as trtp
 
 from .kernels import ConvolutionShape, Kernel, Type, compile_kernel, convolution, pooling
+from .operators import DOMAIN
 
-NAMESPACE = "liteframe"
 TYPES: dict[trt.DataType, Type] = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
 ALIKE = "FP32|FP16|BF16"  # at several places: one of them throughout
 Implementation = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
@@ -39,7 +39,7 @@ def register(capability: str) -> None:
         integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(n) for n in (clips, *kernel.integers)])
         return kernel.name, compile_kernel(kernel.entry, capability, "ptx"), launch, integers
 
-    @trtp.register(f"{NAMESPACE}::DepthwiseTemporalConv")
+    @trtp.register(f"{DOMAIN}::DepthwiseTemporalConv")
     def convolved(
         x: trtp.TensorDesc,
         weight: trtp.TensorDesc,
@@ -52,13 +52,13 @@ def register(capability: str) -> None:
         out.shape_expr[2] = math.prod(-(-int(n) // int(s)) for n, s in zip(grid, strides[1:], strict=True))
         return out
 
-    @trtp.autotune(f"{NAMESPACE}::DepthwiseTemporalConv")
+    @trtp.autotune(f"{DOMAIN}::DepthwiseTemporalConv")
     def convolution_types(
         x: trtp.TensorDesc, weight: trtp.TensorDesc, bias: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]
     ) -> list[trtp.AutoTuneCombination]:
         return [trtp.AutoTuneCombination(", ".join([ALIKE] * 4), "LINEAR")]
 
-    @trtp.aot_impl(f"{NAMESPACE}::DepthwiseTemporalConv")
+    @trtp.aot_impl(f"{DOMAIN}::DepthwiseTemporalConv")
     def convolution_kernel(
         x: trtp.TensorDesc,
         weight: trtp.TensorDesc,
@@ -73,16 +73,16 @@ def register(capability: str) -> None:
         shape = ConvolutionShape.of(time, grid.tolist(), channels, taps, strides.tolist())
         return implementation(convolution(TYPES[x.dtype], shape), x.shape_expr[0])
 
-    @trtp.register(f"{NAMESPACE}::WeightedAveragePool")
+    @trtp.register(f"{DOMAIN}::WeightedAveragePool")
     def pooled(x: trtp.TensorDesc, blocks: npt.NDArray[np.int32]) -> trtp.TensorDesc:
         count = int(blocks[0]) * int(blocks[2]) * int(blocks[4])
         return trtp.from_shape_expr((x.shape_expr[0], count, x.shape_expr[3]), x.dtype)
 
-    @trtp.autotune(f"{NAMESPACE}::WeightedAveragePool")
+    @trtp.autotune(f"{DOMAIN}::WeightedAveragePool")
     def pooling_types(x: trtp.TensorDesc, outputs: tuple[trtp.TensorDesc]) -> list[trtp.AutoTuneCombination]:
         return [trtp.AutoTuneCombination(", ".join([ALIKE] * 2), "LINEAR")]
 
-    @trtp.aot_impl(f"{NAMESPACE}::WeightedAveragePool")
+    @trtp.aot_impl(f"{DOMAIN}::WeightedAveragePool")
     def pooling_kernel(
         x: trtp.TensorDesc, blocks: npt.NDArray[np.int32], outputs: tuple[trtp.TensorDesc], tactic: int
     ) -> Implementation:

@@ -199,11 +199,16 @@ def _check_equal(
     graph: Path, bodies: dict[str, NDArray[Any]], kernels: dict[str, NDArray[Any]], precision: str
 ) -> None:
     for name, expected in bodies.items():
-        a, b = (value.astype(np.float64).ravel() for value in (expected, kernels[name]))
-        cosine = float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-30))
-        if not cosine >= COSINE[precision]:  # or NaN
+        found = cosine(expected, kernels[name])
+        if not found >= COSINE[precision]:  # or NaN
             raise GateError(
-                f"{graph}: with kernels {name} differs from that with function bodies, cosine {cosine:.7f}, expected "
+                f"{graph}: with kernels {name} differs from that with function bodies, cosine {found:.7f}, expected "
                 f"{COSINE[precision]}; build with --plugins never, and report it with the output of: "
                 "liteframe doctor --self-test"
             )
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Of all elements, in double precision; 0 where one is zero throughout."""
+    a, b = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    return float(a @ b / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))

@@ -195,10 +195,7 @@ def compare(
     told: str = "",
 ) -> Result:
     """The least cosine between what an executor made and what was expected, step by step; `told` goes with it."""
-    cosines = {}
-    for name, value in expected.items():
-        a, b = made[name].astype(np.float64).ravel(), value.astype(np.float64).ravel()
-        cosines[name] = float(a @ b / np.maximum(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+    cosines = {name: operators.cosine(made[name], value) for name, value in expected.items()}
     worst = min(cosines, key=lambda name: cosines[name] if np.isfinite(cosines[name]) else -2.0)
     detail = f"least cosine {cosines[worst]:.7f} ({worst}), expected {least:g}{told and f'; {told}'}"
     return Result(executor, what, bool(cosines[worst] >= least), detail)
