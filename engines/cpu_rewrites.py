@@ -61,10 +61,12 @@ class _MultiHeadAttention(RewriteRuleClassBase):
         attended = op.Attention(q, k, v, _allow_other_attributes=False, _outputs=["attended"])
         return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), together)
 
-    def check(self, op, apart: ir.Value, together: ir.Value, **_) -> MatchResult:
+    def check(self, op, q: ir.Value, apart: ir.Value, together: ir.Value, **_) -> MatchResult:
         sizes, joined = ir.convenience.get_const_tensor(apart), ir.convenience.get_const_tensor(together)
         if sizes is None or joined is None or sizes.size != 4 or joined.size != 3:
             return MatchResult().fail("heads are not cut out of one axis")
+        if q.shape is not None and isinstance(q.shape[1], int) and sizes.numpy()[1] not in (0, q.shape[1]):
+            return MatchResult().fail("sequences are joined on the way")
         return MatchResult()
 
     def rewrite(self, op, q, k, v, apart: ir.Value, attended: ir.Value, **_):

@@ -3,9 +3,10 @@
     clip (4, 32, 32) --blocks 1-4--> --[2,2,2]--> (2, 16, 16) --blocks 5-8--> --[2,1,1]--> (1, 16, 16) --blocks 9-12-->
     --head--> 256 tokens a clip of the teacher's width
 
-Every block in which the clip still has more than one time step has a depth-wise temporal convolution after its spatial
-attention. The strided convolutions act on patches; CLS, of which the paper says nothing, is averaged over the time
-stride and dropped at the end.
+Every block in which the clip still has more than one time step mixes its frames: by a depth-wise temporal convolution
+after the spatial attention, or as `mixer` says (Table 2's other rows; see mixers.py and docs/variants.md). The strided
+convolutions act on patches; CLS, of which the paper says nothing, goes through a mixer like any token, is averaged over
+the time stride, and dropped at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.depthwise_temporal_conv import depthwise_temporal_conv
+from .mixers import DenseStridedConv, DenseTemporalConv, TemporalAttention
 from .vit import VisionTransformer, ViTConfig
+
+MIXERS = ("dw_temp_conv", "temp_conv", "temp_attn", "spatio_temp_attn", "none")
 
 
 class Downsampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,11 +38,14 @@ class LiteFrameConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
         )
     )
     clip_length: int = 4
+    mixer: str = "dw_temp_conv"
     temporal_kernel: int = 3
     downsampling: tuple[Downsampling, ...] = (Downsampling(4, (2, 2, 2)), Downsampling(8, (2, 1, 1)))
     head_size: int = 1024
 
     def __post_init__(self) -> None:
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer is {self.mixer!r}, expected one of {', '.join(MIXERS)}")
         if self.temporal_kernel % 2 == 0:
             raise ValueError(f"temporal_kernel is {self.temporal_kernel}, expected an odd number")
         positions = [d.after for d in self.downsampling]
@@ -108,17 +115,26 @@ class StridedConv(nn.Module):
         return out.reshape(-1, out.shape[2], size)
 
 
+def temporal_mixer(config: LiteFrameConfig, time_steps: int) -> nn.Module | None:
+    """What a block of a clip with so many time steps has after its attention: (F, N, C) -> (F, N, C), or nothing."""
+    if config.mixer == "dw_temp_conv":
+        return TemporalConv(config.vit.hidden_size, config.temporal_kernel, time_steps)
+    if config.mixer == "temp_conv":
+        return DenseTemporalConv(config.vit, config.temporal_kernel, time_steps)
+    return TemporalAttention(config.vit, time_steps) if config.mixer == "temp_attn" else None
+
+
 class LiteFrame(nn.Module):
     def __init__(self, config: LiteFrameConfig):
         super().__init__()
         self.config = config
         size, grids = config.vit.hidden_size, config.grids()
-        temporal: dict[int, nn.Module] = {
-            block: TemporalConv(size, config.temporal_kernel, t) for block, (t, _, _) in enumerate(grids[:-1]) if t > 1
-        }
-        self.vit = VisionTransformer(config.vit, temporal)
+        time_steps = {block: t for block, (t, _, _) in enumerate(grids[:-1]) if t > 1}
+        mixers = {block: mixer for block, t in time_steps.items() if (mixer := temporal_mixer(config, t)) is not None}
+        self.vit = VisionTransformer(config.vit, mixers, time_steps if config.mixer == "spatio_temp_attn" else None)
+        strided = DenseStridedConv if config.mixer == "temp_conv" else StridedConv
         self.downsampling = nn.ModuleDict(
-            {str(d.after): StridedConv(size, grids[d.after - 1], d.stride) for d in config.downsampling}
+            {str(d.after): strided(size, grids[d.after - 1], d.stride) for d in config.downsampling}
         )
         self.head = nn.Linear(size, config.head_size)
 

@@ -1,4 +1,4 @@
-"""Vision transformers that see one frame at a time: InternViT-300M, CLIP's and DINOv2's towers.
+"""Vision transformers: InternViT-300M, CLIP's and DINOv2's towers, which see one frame at a time.
 
     frames (F, H, W, 3) --PatchEmbedding--> (F, N, C) --+ CLS, + position--> (F, 1+N, C) --blocks--> (F, 1+N, C)
 
@@ -87,9 +87,12 @@ def build_norm(kind: str, size: int, eps: float) -> nn.Module:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ViTConfig):
+    """`time_steps` frames of a clip see each other, each token all tokens of all of them; 1: a frame sees itself."""
+
+    def __init__(self, config: ViTConfig, time_steps: int = 1):
         super().__init__()
         size = config.hidden_size
+        self.time_steps = time_steps
         self.num_heads = config.num_attention_heads
         self.qkv = nn.Linear(size, 3 * size, bias=config.qkv_bias)
         self.q_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
@@ -97,13 +100,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (F, N, C) -> (F, N, C)"""
+        """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F."""
         tokens, size = x.shape[1:]
+        together = self.time_steps * tokens
+        if together > tokens:
+            x = x.reshape(-1, together, size)
         q, k, v = self.qkv(x).split(size, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.reshape(-1, tokens, self.num_heads, size // self.num_heads).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.reshape(-1, together, self.num_heads, size // self.num_heads).transpose(1, 2) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(-1, tokens, size))
+        out = self.proj(out.transpose(1, 2).reshape(-1, together, size))
+        return out.reshape(-1, tokens, size) if together > tokens else out
 
 
 class MLP(nn.Module):
@@ -133,13 +140,13 @@ class LayerScale(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm block. `temporal` mixes the frames of a clip, token by token, after the spatial attention; what it
-    returns has its residual connection inside."""
+    returns has its residual connection inside. `time_steps` is the attention's."""
 
-    def __init__(self, config: ViTConfig, temporal: nn.Module | None = None):
+    def __init__(self, config: ViTConfig, temporal: nn.Module | None = None, time_steps: int = 1):
         super().__init__()
         size = config.hidden_size
         self.norm1 = build_norm(config.norm, size, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, time_steps)
         self.ls1 = LayerScale(size) if config.layer_scale else nn.Identity()
         self.temporal = temporal
         self.norm2 = build_norm(config.norm, size, config.norm_eps)
@@ -155,9 +162,15 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """`temporal` names the blocks that get a temporal mixer: {block index: module}."""
+    """Of blocks, by their index: `temporal` names those that get a temporal mixer, `time_steps` those whose attention
+    sees several frames at once, and how many."""
 
-    def __init__(self, config: ViTConfig, temporal: dict[int, nn.Module] | None = None):
+    def __init__(
+        self,
+        config: ViTConfig,
+        temporal: dict[int, nn.Module] | None = None,
+        time_steps: dict[int, int] | None = None,
+    ):
         super().__init__()
         self.config = config
         size, (rows, columns) = config.hidden_size, config.grid
@@ -166,8 +179,10 @@ class VisionTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(1 + rows * columns, size))
         nn.init.normal_(self.position_embedding, std=0.02)
         self.pre_norm = build_norm(config.norm, size, config.norm_eps) if config.pre_norm else nn.Identity()
-        temporal = temporal or {}
-        self.blocks = nn.ModuleList(Block(config, temporal.get(i)) for i in range(config.num_hidden_layers))
+        temporal, time_steps = temporal or {}, time_steps or {}
+        self.blocks = nn.ModuleList(
+            Block(config, temporal.get(i), time_steps.get(i, 1)) for i in range(config.num_hidden_layers)
+        )
         self.final_norm = build_norm(config.norm, size, config.norm_eps) if config.final_norm else nn.Identity()
 
     def embed(self, frames: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from collections import Counter
 
 import msgspec
 import numpy as np
+import onnx
+import onnx.helper as oh
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -13,6 +15,7 @@ from liteframe.engines.cpu_rewrites import rewrite_for_cpu
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.vit import ViTConfig
 from liteframe.export.trace import WeightsFile, trace_decoder, trace_encoder
+from onnx import numpy_helper
 
 LAYERS = 2
 
@@ -56,6 +59,31 @@ def test_every_attention_becomes_multi_head_attention_and_the_tokens_stay(tmp_pa
     with torch.no_grad():
         expected = encoder(torch.from_numpy(frames)).numpy()
     assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_attention_whose_sequences_are_joined_on_the_way_is_left_alone():
+    """The products are of 5 tokens, the attention over 10: MultiHeadAttention would see 5."""
+
+    def reshape(x, shape):
+        return oh.make_node("Reshape", [x, shape], [f"{x}_{shape}"])
+
+    def model_of(joined):
+        nodes = [reshape(name, "apart") for name in "qkv"]
+        nodes += [oh.make_node("Transpose", [f"{x}_apart"], [f"{x}_heads"], perm=[0, 2, 1, 3]) for x in "qkv"]
+        nodes.append(oh.make_node("Attention", [f"{x}_heads" for x in "qkv"], ["attended"], name="attn/Attention"))
+        nodes.append(oh.make_node("Transpose", ["attended"], ["last"], perm=[0, 2, 1, 3]))
+        nodes.append(oh.make_node("Reshape", ["last", "together"], ["out"]))
+        shapes = {"apart": [-1, joined, 2, 4], "together": [-1, 5, 8]}
+        graph = oh.make_graph(
+            nodes,
+            "attention",
+            [oh.make_tensor_value_info(x, onnx.TensorProto.FLOAT, ["frames", 5, 8]) for x in "qkv"],
+            [oh.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["frames", 5, 8])],
+            [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()],
+        )
+        return ir.serde.deserialize_model(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 24)]))
+
+    assert [rewrite_for_cpu(model_of(joined)) for joined in (5, 10)] == [1, 0]
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}

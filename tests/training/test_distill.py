@@ -11,7 +11,7 @@ import torch
 from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-from liteframe.export.models.liteframe import Downsampling, LiteFrameConfig
+from liteframe.export.models.liteframe import MIXERS, Downsampling, LiteFrameConfig
 from liteframe.export.models.vit import ViTConfig
 from liteframe.runtime.cli import guard
 from liteframe.training.distill import (
@@ -25,6 +25,7 @@ from liteframe.training.distill import (
     evaluate,
     limit_of,
     main,
+    make_student,
     teach,
 )
 from liteframe.training.loop import Recipe
@@ -192,6 +193,20 @@ def test_a_student_learns(taught, tmp_path, objective):
     assert distil(student, kept, tmp_path, recipe, objective)
     losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in (tmp_path / "log.jsonl").open()]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_training_moves_every_parameter_of_a_mixer(taught, tmp_path, mixer):
+    """In more than one step: behind an output that begins at zero nothing moves in the first."""
+    config = msgspec.structs.replace(STUDENT, mixer=mixer, downsampling=(Downsampling(1, (4, 2, 2)),))
+    student = make_student(encoder(TEACHER), config)
+    before = {name: parameter.detach().clone() for name, parameter in student.backbone.named_parameters()}
+    assert distil(student, Taught(taught), tmp_path, Recipe(steps=3, batch=8, peak_lr=5e-3, warmup=1))
+    mixing = {name: p for name, p in student.backbone.named_parameters() if ".temporal." in name or "downs" in name}
+    assert mixing
+    for name, parameter in mixing.items():
+        assert not torch.equal(parameter, before[name]), name
+    assert any(".temporal." in name for name in mixing) == (mixer not in ("none", "spatio_temp_attn"))
 
 
 def test_dense_features_are_added_to_shards_that_are_there(tmp_path):
