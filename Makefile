@@ -36,6 +36,7 @@ bench: $(READY)
 	$(BIN)/cmake -S . -B build/native -DNVCC=OFF && $(BIN)/cmake --build build/native
 	$(BIN)/python bench/kernels_cpu.py
 	$(BIN)/python bench/int8_cpu.py
+	$(BIN)/python bench/keyframes.py
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/calibration_memory.py
 	$(BIN)/python bench/accuracy.py
