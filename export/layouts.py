@@ -194,7 +194,7 @@ _HF = (
 
 class LiteFrameNames:
     def encoder(self, name: str) -> list[str]:
-        return [f"encoder.{name}"]
+        return ["encoder." + re.sub(r"^merger\.connector\.", "merge_connector.", name)]
 
     def decoder(self, name: str) -> list[str]:
         return [f"decoder.{name}"]

@@ -25,6 +25,11 @@ class TorchEncoder(Encoder):
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._encoder(torch.from_numpy(frames)).numpy()
 
+    @torch.inference_mode()
+    def encode_with_features(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        tokens, features = self._encoder.with_features(torch.from_numpy(frames))
+        return tokens.numpy(), features.numpy()
+
     def device_frames(self) -> None:
         """Frames come from the host."""
 

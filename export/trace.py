@@ -1,7 +1,10 @@
 """Module -> ONNX graph in a dialect, written with its weights beside it.
 
-    encoder   frames uint8 [clips, T, H, W, 3]  ->  visual_tokens [clips, tokens_per_clip, D]
+    encoder   frames uint8 [clips, T, H, W, 3]  ->  visual_tokens [clips, tokens_per_clip, D], and with a second
+              connector features [clips, tokens_per_clip, C]
     decoder   inputs_embeds [1, sequence, D], write_index int64 [1], caches  ->  logits [1, vocabulary], caches
+    merger    features [clips, tokens_per_clip, C], query [1, C], key_features [1, tokens_per_clip, C],
+              redundancy_weight [1], temperature [1]  ->  merged_tokens [clips, D]; C is D without a second connector
 
 The caches are k_cache_0, v_cache_0, k_cache_1, ... [1, kv_heads, length, head_dim], their updates carry the suffix
 `_out`. `length` is the capacity in the `fused` dialect, where a runtime may bind an update to its cache's own buffer,
@@ -28,7 +31,8 @@ from torch import Tensor, nn
 
 from .models.attention import Dialect, use_dialect
 from .models.decoder import Decoder
-from .models.encoder import VideoEncoder
+from .models.encoder import EncoderWithFeatures, VideoEncoder
+from .models.merge import FeatureMerger
 from .ops import DOMAIN, depthwise_temporal_conv, weighted_average_pool
 
 OPSETS: dict[Dialect, int] = {"fused": 24, "plain": 20}
@@ -48,7 +52,32 @@ def trace_encoder(encoder: VideoEncoder, dialect: Dialect) -> ir.Model:
     height, width = encoder.config.vit.image_size
     frames = torch.zeros((2, encoder.config.clip_length, height, width, 3), dtype=torch.uint8)
     clips = torch.export.Dim("clips", min=1, max=MAX_CLIPS)
-    return _trace(encoder, (frames,), ({0: clips},), ["frames"], ["visual_tokens"], dialect)
+    if encoder.config.merge_connector:
+        outputs, encoder = ["visual_tokens", "features"], EncoderWithFeatures(encoder)
+    else:
+        outputs = ["visual_tokens"]
+    return _trace(encoder, (frames,), ({0: clips},), ["frames"], outputs, dialect)
+
+
+def trace_merger(merger: FeatureMerger, dialect: Dialect) -> ir.Model:
+    """The merger graph; see the head of this file."""
+    patches, size = merger.config.patches, merger.config.feature_size
+    clips = torch.export.Dim("clips", min=1, max=MAX_CLIPS)
+    shapes = {
+        "features": (2, patches, size),
+        "query": (1, size),
+        "key_features": (1, patches, size),
+        "redundancy_weight": (1,),
+        "temperature": (1,),
+    }
+    return _trace(
+        merger,
+        tuple(torch.ones(shape) for shape in shapes.values()),
+        ({0: clips}, None, None, None, None),
+        [*shapes],
+        ["merged_tokens"],
+        dialect,
+    )
 
 
 def trace_decoder(decoder: Decoder, dialect: Dialect, capacity: int | None = None) -> ir.Model:

@@ -1,6 +1,8 @@
 """Every graph and every compiled engine against the torch module it came from, with gates that decide.
 
-encoder   tokens of two clips, one of noise and one of a moving pattern: cosine of each token
+encoder   tokens of two clips, one of noise and one of a moving pattern: cosine of each token, and of each feature
+          where it gives features
+merger    tokens of random clips behind a keyframe and before the first: cosine of each token
 decoder   logits of a prompt of real token embeddings, in one piece and in chunks; then greedy tokens
 """
 
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..engines.package import GateError
-from ..runtime.ort_engine import OrtDecoder, OrtEncoder
+from ..runtime.ort_engine import OrtDecoder, OrtEncoder, OrtMerger
 from .models.attention import use_dialect
 from .models.decoder import Decoder
 from .models.encoder import VideoEncoder
@@ -21,6 +23,7 @@ from .models.encoder import VideoEncoder
 # FP32's gates
 COSINE = 0.99999
 CHUNKED_DIFFERENCE = 1e-4  # of the logits' scale: one-shot and chunked prefill sum in different orders
+MERGED_CLIPS, MERGED_WITH = 3, ((1.0, 0.1), (0.5, 0.01))  # redundancy weight, temperature
 PROMPT, CHUNKS, GREEDY_TOKENS = 48, (7, 32, 9), 16
 
 
@@ -52,7 +55,9 @@ class Verifier:
     def __init__(self, encoder: VideoEncoder, decoder: Decoder):
         self._frames = sample_clips(encoder)
         with torch.no_grad():
-            self._tokens = encoder(torch.from_numpy(self._frames)).numpy()
+            tokens, features = encoder.with_features(torch.from_numpy(self._frames))
+        self._tokens, self._features = tokens.numpy(), features.numpy()
+        self._merger = encoder.merger
         ids = np.random.default_rng(1).integers(0, decoder.config.vocab_size, PROMPT)
         self._table = decoder.model.embed_tokens.weight.detach().numpy()
         self._prompt = self._table[ids]
@@ -60,10 +65,32 @@ class Verifier:
 
     def encoder(self, path: Path, provider: str = "CPUExecutionProvider") -> dict[str, float]:
         """Figures of an encoder graph run by ONNX Runtime. Raises GateError when it misses the gate."""
-        tokens = OrtEncoder(path, provider).encode(self._frames)
+        tokens, features = OrtEncoder(path, provider).encode_with_features(self._frames)
         figures = {
-            "cosine": _rounded(cosine(tokens, self._tokens)),
+            "cosine": _rounded(np.min([cosine(tokens, self._tokens), cosine(features, self._features)])),
             "relative_difference": _rounded(relative_difference(tokens, self._tokens)),
+        }
+        if not figures["cosine"] >= COSINE:
+            raise GateError(f"{path.name}: cosine {figures['cosine']} to the torch module, the gate is {COSINE}")
+        return figures
+
+    def merger(self, path: Path, provider: str = "CPUExecutionProvider") -> dict[str, float]:
+        """Figures of a merger graph run by ONNX Runtime. Raises GateError when it misses the gate."""
+        engine, config = OrtMerger(path, provider), self._merger.config
+        rng = np.random.default_rng(2)
+        features = rng.standard_normal((MERGED_CLIPS, config.patches, config.feature_size), np.float32)
+        query = rng.standard_normal(config.feature_size, np.float32)
+        got, expected = [], []
+        for key in (np.zeros_like(features[0]), features[0] + rng.standard_normal(features[0].shape, np.float32) / 2):
+            for weight, temperature in MERGED_WITH:
+                got.append(engine.merge(features, query, key, weight, temperature))
+                numbers = [np.array([number], np.float32) for number in (weight, temperature)]
+                with torch.no_grad():
+                    tensors = map(torch.from_numpy, (features, query[None], key[None], *numbers))
+                    expected.append(self._merger(*tensors).numpy())
+        figures = {
+            "cosine": _rounded(cosine(np.stack(got), np.stack(expected))),
+            "relative_difference": _rounded(relative_difference(np.stack(got), np.stack(expected))),
         }
         if not figures["cosine"] >= COSINE:
             raise GateError(f"{path.name}: cosine {figures['cosine']} to the torch module, the gate is {COSINE}")

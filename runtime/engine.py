@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -26,6 +27,12 @@ class Encoder(Protocol):
 
         Raises:
             InputError: another type or shape, or no clips.
+        """
+        ...
+
+    def encode_with_features(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """As `encode`, and what a Merger takes: float32 (clips, tokens_per_clip, C). Where the engine has no output
+        `features` that is the visual tokens, the same array.
         """
         ...
 
@@ -80,6 +87,64 @@ class Decoder(Protocol):
     def node_times(self) -> list[tuple[str, float]]:
         """See `Encoder.node_times`."""
         ...
+
+
+class Merger(Protocol):
+    def merge(
+        self,
+        features: NDArray[np.float32],
+        query: NDArray[np.float32],
+        key_features: NDArray[np.float32] | None,
+        redundancy_weight: float,
+        temperature: float,
+    ) -> NDArray[np.float32]:
+        """Clips, each merged into one token: float32 (clips, D).
+
+        features: float32 (clips, P, C), of `Encoder.encode_with_features`.
+        query: float32 (C,).
+        key_features: float32 (P, C), of the keyframe that precedes all of them; None where there is none.
+        redundancy_weight: lambda, what resemblance to the keyframe counts beside that to the query.
+        temperature: alpha, above 0; small ones single patches out.
+
+        Source: ViLaMP, equations 5-11.
+
+        Raises:
+            InputError: shapes that do not fit the engine or each other, no clips, a temperature not above 0, or numbers
+                that are none.
+        """
+        ...
+
+
+def check_merge(
+    features: NDArray[np.float32],
+    query: NDArray[np.float32],
+    key_features: NDArray[np.float32] | None,
+    redundancy_weight: float,
+    temperature: float,
+    shape: Sequence[int],
+    most: int | None = None,
+) -> None:
+    """Raises InputError when what is to be merged is not of `shape` (P, C), no clips, or more than `most`; else as
+    Merger says."""
+    patches, width = shape
+    if list(features.shape[1:]) != [patches, width] or not len(features):
+        raise InputError(
+            f"the merger was given features of shape {features.shape}, expected (clips, {patches}, {width}) with at "
+            "least one clip"
+        )
+    if query.shape != (width,):
+        raise InputError(f"the merger was given a query of shape {query.shape}, expected ({width},)")
+    if key_features is not None and key_features.shape != (patches, width):
+        raise InputError(
+            f"the merger was given a keyframe's features of shape {key_features.shape}, expected ({patches}, {width})"
+        )
+    if not 0 < temperature < math.inf or not math.isfinite(redundancy_weight):
+        raise InputError(
+            f"the merger was given a temperature of {temperature} and a redundancy weight of {redundancy_weight}; "
+            "expected a number above 0, and a number"
+        )
+    if most is not None and len(features) > most:
+        raise InputError(f"the merger was given {len(features)} clips, its engine takes {most} at once")
 
 
 def check_frames(frames: NDArray[np.uint8], shape: Sequence[int], most: int | None = None) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..engines.package import Engine, InputError, Package
 from .cuda import DeviceFrames
-from .engine import check_embeddings, check_frames
+from .engine import check_embeddings, check_frames, check_merge
 
 # ONNX Runtime's CPU attention takes memory for the whole capacity, and in FP16 time, so caches grow with
 # what they hold unless all of it is reserved
@@ -98,6 +98,7 @@ class OrtEncoder:
     ):
         self._session = _session(path, provider, threads, profiling)
         self._shape = self._session.get_inputs()[0].shape[1:]
+        self._has_features = "features" in (output.name for output in self._session.get_outputs())
 
     def node_times(self) -> list[tuple[str, float]]:
         """See `node_times`."""
@@ -117,6 +118,43 @@ class OrtEncoder:
         """
         check_frames(frames, self._shape)
         (tokens,) = self._session.run(["visual_tokens"], {"frames": frames})
+        return tokens
+
+    def encode_with_features(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `engine.Encoder`."""
+        if not self._has_features:
+            tokens = self.encode(frames)
+            return tokens, tokens
+        check_frames(frames, self._shape)
+        tokens, features = self._session.run(["visual_tokens", "features"], {"frames": frames})
+        return tokens, features
+
+
+class OrtMerger:
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
+        self._session = _session(path, provider, threads, None)
+        shape = {value.name: value.shape for value in self._session.get_inputs()}["features"][1:]
+        self._no_key = np.zeros(shape, np.float32)
+
+    def merge(
+        self,
+        features: NDArray[np.float32],
+        query: NDArray[np.float32],
+        key_features: NDArray[np.float32] | None,
+        redundancy_weight: float,
+        temperature: float,
+    ) -> NDArray[np.float32]:
+        """See `engine.Merger`."""
+        check_merge(features, query, key_features, redundancy_weight, temperature, self._no_key.shape)
+        key_features = self._no_key if key_features is None else key_features
+        feed = {
+            "features": features,
+            "query": query[None],
+            "key_features": key_features[None],
+            "redundancy_weight": [redundancy_weight],
+            "temperature": [temperature],
+        }
+        (tokens,) = self._session.run(None, {name: np.asarray(value, np.float32) for name, value in feed.items()})
         return tokens
 
 

@@ -1,9 +1,10 @@
 """Engines on TensorRT 10.3 to 11.x and on TensorRT-RTX, for graphs in both dialects.
 
-    encoder   frames ─pinned─▶ stream A: execute ─pinned─▶ visual tokens
+    encoder   frames ─pinned─▶ stream A: execute ─pinned─▶ visual tokens, features where asked for
+    merger    features of clips and of a keyframe ─pinned─▶ a stream: execute ─pinned─▶ merged tokens
     decoder   embeddings ─pinned─▶ stream B: execute ─pinned─▶ logits          caches stay on the device
 
-Encoder and decoder have a stream each and run at the same time. All buffers are allocated once, as large as the
+Each has a stream of its own, and they run at the same time. All buffers are allocated once, as large as the
 engine's profile lets them become. Calls of a fixed shape, a full batch of clips, a full chunk, a single token, are
 recorded as a CUDA graph at their second time, where addresses and shapes stay the same: in the `plain` dialect the
 decoder's do not.
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from ..engines.package import Engine, InputError, Package, TensorSpec
 from ..engines.targets import TENSORRT_MODULES
 from .cuda import Cuda, DeviceFrames, Memory, Stream
-from .engine import EngineError, check_embeddings, check_frames
+from .engine import EngineError, check_embeddings, check_frames, check_merge
 
 
 @dataclass(frozen=True)
@@ -230,9 +231,10 @@ class TrtEncoder:
     def __init__(self, engine: Engine, loaded: Loaded, cuda: Cuda, profiling: bool = False):
         tensors = plan(engine, 0)
         self._run = _Execution("encoder", loaded, tensors, cuda, cuda.stream(), profiling)
-        frames, tokens = tensors["frames"], tensors["visual_tokens"]
-        self._frames = cuda.pinned(frames.shape, frames.dtype)
-        self._tokens = cuda.pinned(tokens.shape, tokens.dtype)
+        self._frames = cuda.pinned(tensors["frames"].shape, tensors["frames"].dtype)
+        self._outputs = {
+            spec.name: cuda.pinned(tensors[spec.name].shape, tensors[spec.name].dtype) for spec in engine.outputs
+        }
         self._cuda, self._arrivals = cuda, cuda.stream()
 
     def device_frames(self) -> DeviceFrames:
@@ -245,11 +247,23 @@ class TrtEncoder:
 
     def encode(self, frames: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See `engine.Encoder`; no more clips than the engine's profile has."""
+        return self._encode_from_host(frames, ("visual_tokens",))[0]
+
+    def encode_with_features(self, frames: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `engine.Encoder`; no more clips than the engine's profile has."""
+        if "features" not in self._outputs:
+            tokens = self.encode(frames)
+            return tokens, tokens
+        tokens, features = self._encode_from_host(frames, ("visual_tokens", "features"))
+        return tokens, features
+
+    def _encode_from_host(self, frames: NDArray[np.uint8], outputs: tuple[str, ...]) -> list[NDArray[np.float32]]:
         most, *shape = self._frames.shape
         check_frames(frames, shape, most)
-        self._frames[: len(frames)] = frames
+        staged = self._frames[: len(frames)]
+        staged[:] = frames
         return self._encode(
-            len(frames), lambda: self._run.stream.to_device(self._run.memory["frames"], self._frames[: len(frames)])
+            len(frames), lambda: self._run.stream.to_device(self._run.memory["frames"], staged), outputs
         )
 
     def encode_on_device(self, clips: list[DeviceFrames]) -> NDArray[np.float32]:
@@ -260,19 +274,58 @@ class TrtEncoder:
             for number, clip in enumerate(clips):
                 self._run.stream.on_device(start + number * clip.memory.size, clip.memory.address, clip.memory.size)
 
-        return self._encode(len(clips), gather)
+        return self._encode(len(clips), gather, ("visual_tokens",))[0]
 
-    def _encode(self, clips: int, gather: Callable[[], None]) -> NDArray[np.float32]:
+    def _encode(self, clips: int, gather: Callable[[], None], outputs: tuple[str, ...]) -> list[NDArray[np.float32]]:
         run = self._run
         run.set_shape("frames", (clips, *self._frames.shape[1:]))
         gather()
 
         def work() -> None:
             run.execute()
-            run.stream.to_host(self._tokens[:clips], run.memory["visual_tokens"])
+            for name in outputs:
+                run.stream.to_host(self._outputs[name][:clips], run.memory[name])
 
-        run.run(work, "batch" if clips == len(self._frames) else None)
-        return self._tokens[:clips].astype(np.float32)
+        run.run(work, outputs if clips == len(self._frames) else None)
+        return [self._outputs[name][:clips].astype(np.float32) for name in outputs]
+
+
+class TrtMerger:
+    """See `engine.Merger`; no more clips at once than the engine's profile has."""
+
+    def __init__(self, engine: Engine, loaded: Loaded, cuda: Cuda, profiling: bool = False):
+        tensors = plan(engine, 0)
+        self._run = _Execution("merger", loaded, tensors, cuda, cuda.stream(), profiling)
+        self._inputs = {spec.name: cuda.pinned(tensors[spec.name].shape, np.float32) for spec in engine.inputs}
+        self._tokens = cuda.pinned(tensors["merged_tokens"].shape, np.float32)
+
+    def merge(
+        self,
+        features: NDArray[np.float32],
+        query: NDArray[np.float32],
+        key_features: NDArray[np.float32] | None,
+        redundancy_weight: float,
+        temperature: float,
+    ) -> NDArray[np.float32]:
+        """See `engine.Merger`."""
+        most, *shape = self._inputs["features"].shape
+        check_merge(features, query, key_features, redundancy_weight, temperature, shape, most)
+        clips, run = len(features), self._run
+        self._inputs["features"][:clips] = features
+        self._inputs["query"][0] = query
+        self._inputs["key_features"][0] = 0 if key_features is None else key_features
+        self._inputs["redundancy_weight"][0] = redundancy_weight
+        self._inputs["temperature"][0] = temperature
+        run.set_shape("features", (clips, *shape))
+
+        def work() -> None:
+            for name, staged in self._inputs.items():
+                run.stream.to_device(run.memory[name], staged[:clips] if name == "features" else staged)
+            run.execute()
+            run.stream.to_host(self._tokens[:clips], run.memory["merged_tokens"])
+
+        run.run(work, "batch" if clips == most else None)
+        return self._tokens[:clips].copy()
 
 
 class TrtDecoder:

@@ -68,7 +68,9 @@ def write_artifact(base: Path, artifact: Artifact, lora: peft.LoraModel | None, 
         ours = {**_liteframe(config), "encoder": _as_trained(artifact.encoder), "notice": notice}
         (folder / CONFIG).write_text(json.dumps(ours, indent=1), encoding="utf-8")
         tensors = _decoder(base, config["model_type"], artifact.decoder)
-        tensors |= {f"encoder.{n}": p.detach().half().cpu() for n, p in artifact.encoder.named_parameters()}
+        for parameter, value in artifact.encoder.named_parameters():
+            (stored,) = LiteFrameNames().encoder(parameter)
+            tensors[stored] = value.detach().half().cpu()
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS)
         if lora is not None:
             save_adapter(lora, folder / "adapter")

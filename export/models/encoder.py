@@ -2,6 +2,10 @@
 
     uint8 (clips, T, H, W, 3) -> normalise -> backbone -> reduce -> pixel shuffle -> MLP -> (clips, tokens, D_llm)
 
+With a second connector for merged tokens (`merge_connector`) the features before the projector's MLP come out as well:
+
+    pixel shuffle -> (clips, tokens, s*s*C)
+
 The backbone is the LiteFrame student, which compresses on its way, or a frame-wise ViT with a reducer behind it.
 A clip leaves as `units` in time order: one for each time step that is left after compression.
 """
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .liteframe import LiteFrame, LiteFrameConfig
+from .merge import FeatureMerger, MergerConfig
 from .projector import Projector
 from .reducers import REDUCERS
 from .vit import VisionTransformer, ViTConfig
@@ -21,7 +26,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`reducer` and `window` apply to a ViT backbone only; the student has its compression inside."""
+    """`reducer` and `window` apply to a ViT backbone only; the student has its compression inside. `merge_connector`:
+    merged tokens (ViLaMP) have an MLP of their own, from the features before the projector's."""
 
     backbone: ViTConfig | LiteFrameConfig
     output_size: int
@@ -31,6 +37,7 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shuffle: int = 2
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    merge_connector: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.backbone, LiteFrameConfig) and self.clip_length != self.backbone.clip_length:
@@ -66,6 +73,11 @@ class VideoEncoder(nn.Module):
         self.units_per_clip = units
         self.projector = Projector(size, config.output_size, (h, w), config.shuffle)
         self.tokens_per_clip = units * self.projector.tokens
+        if config.merge_connector:
+            merged = MergerConfig(self.tokens_per_clip, size * config.shuffle**2, config.output_size)
+        else:
+            merged = MergerConfig(self.tokens_per_clip, config.output_size)
+        self.merger = FeatureMerger(merged)
 
     def dense(self, frames: Tensor) -> Tensor:
         """frames uint8 (clips, T, H, W, 3), RGB -> what the backbone says: of a ViT (clips, T, 1 + H'*W', C), of the
@@ -76,10 +88,32 @@ class VideoEncoder(nn.Module):
         features = self.backbone(images)
         return features if self.reducer is None else features.reshape(-1, clip_length, *features.shape[1:])
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
+    def with_features(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """What a FeatureMerger takes beside the visual tokens.
+
+        frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm), and with a
+        `merge_connector` features (clips, tokens_per_clip, s*s*C), else the visual tokens again
+        """
         features = self.dense(frames)
         if self.reducer is not None:
             features = self.reducer(features)
-        tokens = self.projector(features.reshape(-1, *features.shape[2:]))
-        return tokens.reshape(-1, self.tokens_per_clip, self.config.output_size)
+        features = self.projector.gather(features.reshape(-1, *features.shape[2:]))
+        tokens = self.projector.project(features).reshape(-1, self.tokens_per_clip, self.config.output_size)
+        if not self.config.merge_connector:
+            return tokens, tokens
+        return tokens, features.reshape(-1, self.tokens_per_clip, features.shape[-1])
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """frames uint8 (clips, T, H, W, 3), RGB -> visual tokens (clips, tokens_per_clip, D_llm)"""
+        return self.with_features(frames)[0]
+
+
+class EncoderWithFeatures(VideoEncoder):
+    """Another's modules under their own names; gives what `with_features` gives."""
+
+    def __init__(self, encoder: VideoEncoder):
+        nn.Module.__init__(self)
+        vars(self).update(vars(encoder))
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.with_features(frames)

@@ -221,6 +221,46 @@ def test_a_liteframe_folder_may_hold_a_frame_wise_tower_and_other_pixels(publish
         assert torch.equal(load_artifact(folder).encoder(frames), encoder(frames))
 
 
+def add_merge_connector(folder, **shapes):
+    """A second connector of the projector's sizes in the checkpoint, or of others."""
+    sizes = {"norm.weight": 80, "norm.bias": 80, "fc1.weight": (24, 80), "fc1.bias": 24}
+    sizes |= {"fc2.weight": (24, 24), "fc2.bias": 24} | {name.replace("__", "."): size for name, size in shapes.items()}
+    generator = torch.Generator().manual_seed(5)
+    made = {f"encoder.merge_connector.{name}": torch.randn(size, generator=generator) for name, size in sizes.items()}
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | made, path)
+    return made
+
+
+def test_a_liteframe_folder_may_hold_a_second_connector(publish):
+    folder = publish("liteframe")
+    without = load_artifact(folder)
+    assert without.encoder.merger.connector is None
+    made = add_merge_connector(folder)
+    edit_json(folder / "config.json", encoder__merge_connector=True)
+    artifact = load_artifact(folder)
+    state = artifact.encoder.merger.connector.state_dict()
+    assert {f"encoder.merge_connector.{name}" for name in state} == made.keys()
+    assert all(torch.equal(state[name.removeprefix("encoder.merge_connector.")], made[name]) for name in made)
+    with torch.no_grad():
+        tokens, features = artifact.encoder.with_features(random_frames())
+        assert torch.equal(tokens, without.encoder(random_frames()))
+    assert features.shape == (*tokens.shape[:2], 80)
+
+
+def test_a_second_connector_that_does_not_fit_is_refused(publish):
+    folder = publish("liteframe")
+    edit_json(folder / "config.json", encoder__merge_connector=True)
+    assert_refused(folder, "encoder.merge_connector.norm.weight is missing")
+    add_merge_connector(folder, fc1__weight=(24, 20))
+    assert_refused(
+        folder, "encoder.merge_connector.fc1.weight has shape [24, 20], expected [24, 80]", file="model.safetensors"
+    )
+    add_merge_connector(folder)
+    edit_json(folder / "config.json", encoder__merge_connector=False)
+    assert_refused(folder, "encoder.merge_connector.fc1.bias has no place", file="model.safetensors")
+
+
 @pytest.mark.parametrize(
     "changed", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )

@@ -15,6 +15,7 @@ import types
 
 import msgspec
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -23,13 +24,26 @@ from liteframe.engines import self_test
 from liteframe.engines.compile_tensorrt import Compiled
 from liteframe.engines.device import Gpu, find_gpus
 from liteframe.engines.operators import Chosen
-from liteframe.engines.package import Engine, InputError, Operators, Package, describe_file, open_package
+from liteframe.engines.package import (
+    Engine,
+    InputError,
+    Operators,
+    Package,
+    Precision,
+    Profile,
+    TensorSpec,
+    describe_file,
+    open_package,
+)
+from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
+from liteframe.export.models.encoder import VideoEncoder
+from liteframe.export.trace import trace_encoder, trace_merger
 from liteframe.runtime import EngineError, VideoSession, profile, trt_engine
 from liteframe.runtime import session as session_module
 from liteframe.runtime.cuda import Cuda
-from liteframe.runtime.ort_engine import OrtDecoder, OrtEncoder
-from liteframe.runtime.trt_engine import open_trt, plan
+from liteframe.runtime.ort_engine import OrtDecoder, OrtEncoder, OrtMerger
+from liteframe.runtime.trt_engine import TrtEncoder, TrtMerger, open_trt, plan
 
 CAPACITY_ERROR = 2  # cudaErrorMemoryAllocation
 
@@ -391,6 +405,84 @@ def test_a_session_answers_as_on_a_cpu(bundle, tiny_package, opened, monkeypatch
             session.push(frame, number / 4)
         assert len("".join(session.ask("what's in the video?", 8))) > 0
         assert session.stats().moves == 2
+
+
+@pytest.fixture(scope="module")
+def with_merger(tiny_artifact, tmp_path_factory):
+    """A package of an encoder with two outputs and of a merger, both traced from a tiny encoder; up to four clips."""
+    encoder = load_artifact(tiny_artifact).encoder
+    encoder = VideoEncoder(msgspec.structs.replace(encoder.config, merge_connector=True))
+    folder = tmp_path_factory.mktemp("merger")
+    graphs = {"encoder": trace_encoder(encoder, "plain"), "merger": trace_merger(encoder.merger, "plain")}
+    engines = []
+    for name, model in graphs.items():
+        ir.save(model, folder / f"{name}.onnx")
+        inputs, outputs = (
+            [
+                TensorSpec(
+                    name=value.name,
+                    dtype=str(value.dtype.numpy()),
+                    shape=[size if isinstance(size, int) else "clips" for size in value.shape],
+                    profile=None
+                    if isinstance(value.shape[0], int)
+                    else Profile(**{k: [n, *value.shape[1:]] for k, n in (("min", 1), ("opt", 4), ("max", 4))}),
+                )
+                for value in values
+            ]
+            for values in (model.graph.inputs, model.graph.outputs)
+        )
+        engines.append(
+            Engine(
+                name=name,
+                dialect="plain",
+                files=[describe_file(folder, folder / f"{name}.onnx")],
+                inputs=inputs,
+                outputs=outputs,
+                precision=Precision(asked="fp32", found={}, kept=[]),
+                compiler="tensorrt",
+                compiler_version="10.3.0",
+                capabilities=["8.7"],
+                operators=None,
+                parity=None,
+            )
+        )
+    return Package(folder, types.SimpleNamespace(engines=engines))
+
+
+def test_features_and_merged_tokens_are_those_of_onnx_runtime(with_merger, monkeypatch):
+    cudart = Cudart()
+    trt = stand_in(with_merger, cudart)
+    import_in_executor(monkeypatch, lambda name: trt)
+    cuda = Cuda(cudart)
+    for_encoder, for_merger = with_merger.manifest.engines
+    encoder = TrtEncoder(for_encoder, trt_engine.load(with_merger, for_encoder, cuda), cuda)
+    merger = TrtMerger(for_merger, trt_engine.load(with_merger, for_merger, cuda), cuda)
+    expected_encoder = OrtEncoder(with_merger.folder / "encoder.onnx")
+    expected_merger = OrtMerger(with_merger.folder / "merger.onnx")
+    key, query = None, embeddings(0, 1, 48)[0]
+    for count in (4, 1, 4, 3, 4, 4):
+        tokens, features = encoder.encode_with_features(clips(count, count))
+        for got, expected in zip(
+            (tokens, features), expected_encoder.encode_with_features(clips(count, count)), strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+        np.testing.assert_array_equal(encoder.encode(clips(count, count)), tokens)
+        merged = merger.merge(features, query, key, 0.8, 0.02 * count)
+        np.testing.assert_array_equal(merged, expected_merger.merge(features, query, key, 0.8, 0.02 * count))
+        assert merged.flags.owndata and merged.dtype == np.float32
+        key = None if count == 3 else features[0]
+    assert cudart.launches == 3 * 3  # of four full batches of each kind, the first is not recorded
+    with pytest.raises(InputError, match="5 clips, its engine takes 4 at once"):
+        merger.merge(np.zeros((5, 2, 48), np.float32), query, None, 1.0, 0.1)
+    with pytest.raises(InputError, match=r"a query of shape \(3,\), expected \(48,\)"):
+        merger.merge(features, query[:3], None, 1.0, 0.1)
+
+
+def test_features_of_an_engine_with_one_output_are_the_tokens(opened):
+    encoder, *_ = opened("fused")
+    tokens, features = encoder.encode_with_features(clips(0, 2))
+    assert features is tokens
+    np.testing.assert_array_equal(tokens, encoder.encode(clips(0, 2)))
 
 
 # -- frames on the GPU ------------------------------------------------------------------------------------------------
