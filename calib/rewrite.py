@@ -46,7 +46,7 @@ def apply(
             Runtime's CPU kernels are made.
         rounded: linear layer and bits -> weights, where they were rounded already; see compensate.py.
     """
-    caches = {*model.graph.inputs[2:], *model.graph.outputs[1:]}
+    caches = {value for value in (*model.graph.inputs, *model.graph.outputs) if "_cache_" in str(value.name)}
     _retype(model, placement.types, caches)
     layers = {str(node.name): node for node in linear_layers(model)}
     made: dict[tuple[str, tuple[float, float]], ir.Value] = {}

@@ -3,15 +3,18 @@
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from liteframe.calib.placement import plan
+from liteframe.calib.rewrite import apply
 from liteframe.engines.compile_tensorrt import compile_graph
 from liteframe.engines.package import GateError, InputError, Profile, TensorSpec
 from liteframe.export.artifact import load_artifact
 from liteframe.export.check_plain import check_plain
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.trace import OPSETS, WeightsFile, trace_encoder, trace_merger
-from liteframe.export.verify import COSINE, Verifier
+from liteframe.export.verify import COSINE, Verifier, cosine
 from liteframe.runtime.ort_engine import OrtEncoder, OrtMerger
 from onnx import numpy_helper
 
@@ -154,6 +157,22 @@ def test_features_of_a_graph_with_one_output_are_the_tokens(tiny_artifact, tmp_p
     tokens, features = engine.encode_with_features(random_frames(2))
     assert features is tokens
     np.testing.assert_array_equal(tokens, engine.encode(random_frames(2)))
+
+
+@every_dialect
+def test_features_stay_fp32_where_the_encoder_is_lowered_to_fp16(folder, artifact, dialect, tmp_path):
+    model = trace_encoder(artifact.encoder, dialect)
+    apply(model, plan(model, "fp16", "fp16", {}), {}, True)
+    ir.save(model, tmp_path / "half.onnx")
+    assert signature(onnx.load(tmp_path / "half.onnx").graph.output)[1] == (
+        "features",
+        onnx.TensorProto.FLOAT,
+        ["clips", P, 48],
+    )
+    frames = random_frames(2)
+    got = OrtEncoder(tmp_path / "half.onnx", threads=1).encode_with_features(frames)
+    exact = OrtEncoder(folder / f"encoder.{dialect}.onnx", threads=1).encode_with_features(frames)
+    assert all(cosine(*pair) >= 0.9995 for pair in zip(got, exact, strict=True))
 
 
 # gates

@@ -7,6 +7,7 @@ import pytest
 import torch
 from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
+from liteframe.export.models.encoder import VideoEncoder
 from liteframe.training.align import add_lora
 from liteframe.training.artifact import check_base, write_artifact
 from published import publish
@@ -37,6 +38,19 @@ def test_a_published_folder_becomes_one_of_ours(tmp_path, small_bpe, layout, nam
     assert again.notice == "half done" and again.prompt == artifact.prompt
     assert again.text.end_of_turn == artifact.text.end_of_turn
     assert again.text.chat_template == artifact.text.chat_template
+
+
+def test_a_second_connector_is_written_under_its_name(tmp_path, small_bpe):
+    base = publish(tmp_path / "base", "liteframe", small_bpe)
+    artifact = load_artifact(base)
+    config = msgspec.structs.replace(artifact.encoder.config, merge_connector=True)
+    artifact.encoder = VideoEncoder(config)
+    write_artifact(base, artifact, None, tmp_path / "out")
+    assert "encoder.merge_connector.fc1.weight" in tensors(tmp_path / "out")
+    again = load_artifact(tmp_path / "out").encoder
+    assert again.config == config
+    for one, other in zip(again.merger.parameters(), artifact.encoder.merger.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_the_language_model_keeps_its_type(tmp_path, small_bpe):
