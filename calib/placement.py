@@ -6,6 +6,7 @@ FP16    Every floating-point tensor is FP16, except islands of FP32:
         softmax     and the mask before it
         angles      of the rotary embedding: positions times frequencies, up to their cosines and sines
         pixels      their normalisation, before the first product
+        selection   within a module, all that a TopK chooses by: a token chosen otherwise is no rounding error
         range       whatever the audit found beyond FP16_LIMIT: a node that computes or reads such a value
         The weights of WeightedAveragePool are FP32 inside the operator's body.
 INT8    Every product with a matrix of weights (a linear layer), except those named in `kept`. Its activation is
@@ -116,6 +117,8 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
     norms = {module(node) for node in nodes if node.op_type in (*NORMS, *NORM_PARTS)}
     angles = _before([node for node in nodes if node.op_type in ("Cos", "Sin")])
     pixels = pixel_nodes(model)
+    choosing = [node for node in nodes if node.op_type == "TopK"]
+    choices = {node for node in _before(choosing) if module(node) in {module(topk) for topk in choosing}}
     for node in nodes:
         if module(node) in norms:
             found[str(node.name)] = "norm"
@@ -126,6 +129,8 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
             angles.add(node)
         elif node in pixels:
             found[str(node.name)] = "pixels"
+        elif node in choices:
+            found[str(node.name)] = "selection"
         elif over := [v for v in (*node.outputs, *node.inputs) if v is not None and _largest(v, largest) > FP16_LIMIT]:
             worst = max(over, key=lambda v: _largest(v, largest))
             found[str(node.name)] = f"range: {worst.name} reaches {_largest(worst, largest):.4g}"

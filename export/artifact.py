@@ -35,7 +35,7 @@ from .lora import merge_adapter
 from .models.decoder import Decoder, DecoderConfig
 from .models.encoder import EncoderConfig, VideoEncoder
 from .models.liteframe import LiteFrameConfig
-from .models.reducers import WINDOWS
+from .models.reducers import TOKEN_REDUCERS, window_of
 from .models.vit import interpolate_position_embedding
 from .tokenizer import byte_level_bpe, parse_merges
 
@@ -120,7 +120,7 @@ def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = 
 
     Args:
         reducer: a key of REDUCERS that replaces the artifact's own, for frame-wise towers.
-        ratio: how much it compresses, a key of WINDOWS.
+        ratio: how many tokens become one, as far as the reducer admits it; None keeps the artifact's own.
 
     Raises:
         InputError: anything is missing, damaged, contradictory or unknown; names the file and the tensor.
@@ -197,9 +197,20 @@ def _build_encoder(config: EncoderConfig, reducer: str | None, ratio: int | None
     if reducer is not None or ratio is not None:
         if isinstance(config.backbone, LiteFrameConfig):
             raise ValueError("--reducer and --ratio are for frame-wise towers; a LiteFrame student compresses inside")
-        window = WINDOWS[ratio] if ratio is not None else config.window
-        config = msgspec.structs.replace(config, reducer=reducer or config.reducer, window=window)
+        config = _with_reducer(config, reducer or config.reducer, ratio if ratio is not None else config.ratio)
     return _build(VideoEncoder, config)
+
+
+def _with_reducer(config: EncoderConfig, reducer: str, ratio: int | None) -> EncoderConfig:
+    """The same with another reducer and, unless None, another ratio."""
+    window = config.window
+    if ratio is not None and reducer not in TOKEN_REDUCERS:
+        if reducer == "none" and ratio != 1:
+            raise ValueError(
+                f"ratio {ratio}: reducer none keeps every token, 1; expected another --reducer or no --ratio"
+            )
+        window, ratio = window_of(ratio, (config.clip_length, *config.vit.grid)), None
+    return msgspec.structs.replace(config, reducer=reducer, window=window, ratio=ratio)
 
 
 def _build(kind: Callable[[_Config], _Module], config: _Config) -> _Module:

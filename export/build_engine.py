@@ -56,7 +56,7 @@ from ..runtime.cli import guard, interrupted
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
 from .gate_accuracy import gate_accuracy
-from .models.reducers import REDUCERS, WINDOWS
+from .models.reducers import REDUCERS
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
 from .trace import WeightsFile, trace_decoder, trace_encoder
@@ -497,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--frames", type=int, default=64, help="the most frames of a video (default: %(default)s)")
     parser.add_argument("--reducer", choices=REDUCERS, help="replaces the reducer behind a frame-wise tower")
-    parser.add_argument("--ratio", type=int, choices=WINDOWS, help="how much the reducer compresses")
+    parser.add_argument("--ratio", type=int, help="how many tokens become one; default: the artifact's, else 16")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of linear layers (default: fp32)")
     parser.add_argument(
         "--decoder-precision",

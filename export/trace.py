@@ -190,7 +190,8 @@ def _name_after_modules(model: ir.Model) -> None:
     for node in model.graph:
         for position, weight in enumerate(node.inputs):
             if weight is not None and weight.is_initializer() and str(weight.name).startswith(("val_", "_", "permute")):
-                weight.name = f"{node.name}:{position}"
+                between = ":" if len(node.outputs) == 1 else ":input"  # ":1" is the second output of TopK
+                weight.name = f"{node.name}{between}{position}"
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.metadata_props.clear()

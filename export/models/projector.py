@@ -40,13 +40,9 @@ class Projector(nn.Module):
         return self.grid[0] * self.grid[1] // self.shuffle**2
 
     def gather(self, x: Tensor) -> Tensor:
-        """The pixel shuffle: x (units, H*W, C) -> (units, H/s * W/s, s*s*C)"""
+        """The pixel shuffle. x (units, H*W, C) -> (units, H/s * W/s, s*s*C)"""
         return pixel_shuffle(x, self.grid, self.shuffle)
 
-    def project(self, x: Tensor) -> Tensor:
-        """The MLP: x (..., s*s*C) -> (..., D_llm)"""
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
-
     def forward(self, x: Tensor) -> Tensor:
-        """x (units, H*W, C) -> (units, H/s * W/s, D_llm)"""
-        return self.project(self.gather(x))
+        """The MLP, token by token. x (..., s*s*C), gathered -> (..., D_llm)"""
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))

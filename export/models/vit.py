@@ -99,14 +99,17 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.proj = nn.Linear(size, size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F."""
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F. `seen` takes q and k, all heads as one
+        (F, N, C)."""
         tokens, size = x.shape[1:]
         together = self.time_steps * tokens
         if together > tokens:
             x = x.reshape(-1, together, size)
         q, k, v = self.qkv(x).split(size, dim=-1)
         q, k = self.q_norm(q), self.k_norm(k)
+        if seen is not None:
+            seen += [q, k]
         q, k, v = (t.reshape(-1, together, self.num_heads, size // self.num_heads).transpose(1, 2) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v)
         out = self.proj(out.transpose(1, 2).reshape(-1, together, size))
@@ -153,9 +156,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.ls2 = LayerScale(size) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """x (F, N, C) -> (F, N, C); the frames of a clip are consecutive in F. `seen` takes the attention's q and k."""
+        x = x + self.ls1(self.attn(self.norm1(x), seen))
         if self.temporal is not None:
             x = self.temporal(x)
         return x + self.ls2(self.mlp(self.norm2(x)))
@@ -191,11 +194,13 @@ class VisionTransformer(nn.Module):
         cls = self.class_token.expand(patches.shape[0], 1, -1)
         return self.pre_norm(torch.cat([cls, patches], dim=1) + self.position_embedding)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """frames (F, H, W, 3), normalised -> tokens (F, 1+N, C), CLS first."""
+    def forward(self, frames: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+        """frames (F, H, W, 3), normalised -> tokens (F, 1+N, C), CLS first; `seen` takes q and k (F, 1+N, C) of the
+        last block's attention."""
         x = self.embed(frames)
-        for block in self.blocks:
-            x = block(x)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            x = block(x, seen if number == last else None)
         return self.final_norm(x)
 
 
