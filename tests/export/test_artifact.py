@@ -183,6 +183,21 @@ def test_the_ratio_chooses_the_window(publish, ratio, window, units, prefix):
     assert artifact.prompt.unit_prefix == prefix
 
 
+@pytest.mark.parametrize(("name", "units"), [("tome", 1), ("prumerge", 4), ("fastvid", 1)])
+def test_a_token_method_takes_the_ratio_as_it_is(publish, name, units):
+    folder = publish("hf")
+    edit_json(folder / "config.json", downsample_ratio=1)
+    edit_tensors(
+        folder / "model.safetensors",
+        multi_modal_projector__layer_norm__weight=lambda w: w[: len(w) // 4],
+        multi_modal_projector__layer_norm__bias=lambda b: b[: len(b) // 4],
+        multi_modal_projector__linear_1__weight=lambda w: w[:, : w.shape[1] // 4],
+    )
+    artifact = load_artifact(folder, name, 2 if name == "prumerge" else 4)
+    assert artifact.encoder.units_per_clip == units
+    assert artifact.encoder.config.ratio == (2 if name == "prumerge" else 4)
+
+
 def test_a_liteframe_folder_gives_back_what_was_saved(publish):
     artifact = load_artifact(publish("liteframe"))
     encoder, language_model = build_student()
@@ -751,6 +766,7 @@ def test_an_index_that_is_none_is_refused(publish, content):
         ("liteframe", {"encoder__shuffle": 3}, ["pixel shuffle 3 does not divide the grid [2, 2]"]),
         ("liteframe", {"encoder__clip_length": 8}, ["clip_length is 8"]),
         ("liteframe", {"encoder__reducer": "median"}, ["reducer is 'median'"]),
+        ("liteframe", {"encoder__ratio": 4}, ["ratio is 4, which is for tome, prumerge, fastvid; wap has a window"]),
         ("liteframe", {"encoder__backbone__head_size": -1}, ["below zero"]),
         ("liteframe", {"encoder__backbone__downsampling": [{"after": 9, "stride": [2, 2, 2]}]}, ["blocks [9]"]),
         ("liteframe", {"prompt__unit_suffix": None}, ["missing required field `unit_suffix`", "$.prompt"]),

@@ -18,7 +18,6 @@ from liteframe.export import build_engine, verify
 from liteframe.export.artifact import LiteFrameFolder
 from liteframe.export.build_engine import build
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
-from liteframe.export.models.reducers import WINDOWS
 from liteframe.export.models.vit import ViTConfig
 from liteframe.runtime import VideoSession, cli
 from safetensors.torch import load_file, save_file
@@ -180,11 +179,14 @@ def test_the_same_artifact_gives_the_same_bytes(built, tiny_artifact, exported_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("reducer", "ratio"), [("wap", 4), ("average", 8), ("wap", 16)])
-def test_the_ratio_sets_the_tokens_of_a_clip(framewise_artifact, tmp_path, reducer, ratio):
+@pytest.mark.parametrize(
+    ("reducer", "ratio", "units"),
+    [("wap", 4, 4), ("average", 8, 2), ("wap", 16, 1), ("tome", 16, 1), ("prumerge", 8, 4), ("fastvid", 8, 1)],
+)
+def test_the_ratio_sets_the_tokens_of_a_clip(framewise_artifact, tmp_path, reducer, ratio, units):
     made = build(framewise_artifact, "cpu", tmp_path / "out", frames=8, reducer=reducer, ratio=ratio)
     assert made.manifest.model.tokens_per_clip * ratio == 4 * 8 * 8
-    assert made.manifest.model.units_per_clip * WINDOWS[ratio][0] == 4
+    assert made.manifest.model.units_per_clip == units
 
 
 # what is refused
@@ -206,6 +208,25 @@ def test_more_frames_than_the_language_model_has_positions_for_are_refused(tiny_
 def test_a_reducer_in_front_of_a_student_is_refused(tiny_artifact, tmp_path):
     with pytest.raises(InputError, match="a LiteFrame student compresses inside"):
         build(tiny_artifact, "cpu", tmp_path / "out", reducer="wap")
+
+
+@pytest.mark.parametrize(
+    ("reducer", "ratio", "message"),
+    [
+        ("max", "3", "ratio 3 does not divide the clip's grid [4, 8, 8]"),
+        ("none", "4", "ratio 4: reducer none keeps every token"),
+        ("tome", "3", "ratio 3 does not divide the 256 tokens of a clip"),
+        ("prumerge", "5", "ratio 5 does not divide the 64 tokens of a frame"),
+        ("fastvid", "2", "ratio 2 leaves 44 of the 64 tokens of a frame"),
+    ],
+)
+def test_a_ratio_that_does_not_fit_is_refused_with_its_numbers(
+    framewise_artifact, tmp_path, capsys, reducer, ratio, message
+):
+    options = ["--target", "cpu", "--reducer", reducer, "--ratio", ratio, "--output", str(tmp_path / "out")]
+    assert cli.guard(build_engine.main, [str(framewise_artifact), *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_exists_is_left_alone(tiny_artifact, tmp_path):
