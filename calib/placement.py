@@ -6,7 +6,8 @@ FP16    Every floating-point tensor is FP16, except islands of FP32:
         softmax     and the mask before it
         angles      of the rotary embedding: positions times frequencies, up to their cosines and sines
         pixels      their normalisation, before the first product
-        selection   within a module, all that a TopK chooses by: a token chosen otherwise is no rounding error
+        selection   a module in which a TopK chooses: a token chosen otherwise is no rounding error, and the weights by
+                    which others are added to it are too small for FP16
         range       whatever the audit found beyond FP16_LIMIT: a node that computes or reads such a value
         The weights of WeightedAveragePool are FP32 inside the operator's body.
 INT8    Every product with a matrix of weights (a linear layer), except those named in `kept`. Its activation is
@@ -117,8 +118,7 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
     norms = {module(node) for node in nodes if node.op_type in (*NORMS, *NORM_PARTS)}
     angles = _before([node for node in nodes if node.op_type in ("Cos", "Sin")])
     pixels = pixel_nodes(model)
-    choosing = [node for node in nodes if node.op_type == "TopK"]
-    choices = {node for node in _before(choosing) if module(node) in {module(topk) for topk in choosing}}
+    selections = {module(node) for node in nodes if node.op_type == "TopK"}
     for node in nodes:
         if module(node) in norms:
             found[str(node.name)] = "norm"
@@ -129,7 +129,7 @@ def _islands(model: ir.Model, nodes: list[ir.Node], largest: Mapping[str, float]
             angles.add(node)
         elif node in pixels:
             found[str(node.name)] = "pixels"
-        elif node in choices:
+        elif module(node) in selections:
             found[str(node.name)] = "selection"
         elif over := [v for v in (*node.outputs, *node.inputs) if v is not None and _largest(v, largest) > FP16_LIMIT]:
             worst = max(over, key=lambda v: _largest(v, largest))
