@@ -11,7 +11,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from .package import Accuracy, Engine, Graph, Kept, Package, TensorSpec, open_package
+from .package import Accuracy, Engine, Graph, Kept, Model, Package, TensorSpec, open_package, views_of
+
+TILES = (1, 2, 4, 6, 9, 12, 16, 25, 36)  # of a frame: whose rows are shown
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +36,17 @@ def _print(package: Package) -> None:
     height, width = model.image_size
     print(
         f"up to {model.max_frames} frames of {width} x {height} in clips of {model.clip_length}, "
+        f"{f'each in up to {model.max_tiles} tiles and a thumbnail, ' if model.max_tiles > 1 else ''}"
         f"{model.tokens_per_clip} visual tokens a clip, KV cache of {model.capacity} positions"
     )
     if manifest.text.notice:
         print(f"note: {manifest.text.notice}")
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if budget := budget_of(model):
+        table = Table("tiles", "most frames", title="what the cache holds", title_style="", box=None, padding=(0, 1))
+        for tiles, frames in budget.items():
+            table.add_row(str(tiles), str(frames))
+        console.print(table)
     parts: list[Engine | Graph] = [*manifest.engines, *manifest.graphs]
     for part in parts:
         kind = "engine" if isinstance(part, Engine) else "graph"
@@ -68,6 +76,12 @@ def _print(package: Package) -> None:
     for line in manifest.allowed_drift:
         print(f"\ndrift allowed: {line}")
     print("\nall files are there and match their hashes")
+
+
+def budget_of(model: Model) -> dict[int, int]:
+    """Tiles of a frame: the most frames of which the cache holds so many with a thumbnail, as far as it holds any."""
+    tiles = sorted({*TILES, model.max_tiles})
+    return {count: most for count in tiles if (most := model.most_frames(views_of(count)))}
 
 
 def describe_accuracy(told: Accuracy) -> str:

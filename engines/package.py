@@ -28,6 +28,8 @@ from .targets import TARGETS, Asked, Compiler, Dialect
 FORMAT = 1
 Way = Literal["bodies", "embedded", "library"]  # in which custom operators get into an engine
 MANIFEST = "manifest.json"
+QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
+UNIT_TEXT_POSITIONS = 16  # prompt text around one unit, at most
 
 
 class InputError(Exception):
@@ -126,6 +128,17 @@ class Engine(_Strict, frozen=True):
     parity: dict[str, float] | None
 
 
+def views_of(tiles: int, thumbnail: bool = True) -> int:
+    """Pictures of a frame that the encoder is given: its tiles and, where there are several, the whole as another."""
+    return tiles + (thumbnail and tiles > 1)
+
+
+def positions(clips: int, views: int, tokens_per_clip: int, units_per_clip: int) -> int:
+    """Of the cache that clips take, whose frames the encoder is given in so many views, with their text and a
+    question's; see `Model`."""
+    return clips * (views * tokens_per_clip + units_per_clip * UNIT_TEXT_POSITIONS) + QUESTION_POSITIONS
+
+
 class Model(_Strict, frozen=True):
     """What the runtime must know of the model.
 
@@ -134,7 +147,8 @@ class Model(_Strict, frozen=True):
         clip_length: frames a clip.
         units_per_clip: time steps left after compression; each is introduced by its own prompt text.
         tokens_per_clip: visual tokens a clip, all units together.
-        max_frames: what the package was built for.
+        max_frames, max_tiles: what the package was built for; tiles are a frame's, its thumbnail not counted, and 1 is
+            the whole frame. Fewer frames may come in more tiles, as far as they fit `capacity`.
         capacity: positions that the KV cache may hold.
         max_clips, chunk: the most clips and the most positions that one call of the engines may take.
     """
@@ -149,9 +163,26 @@ class Model(_Strict, frozen=True):
     kv_heads: int
     head_dim: int
     max_frames: int
+    max_tiles: int
     capacity: int
     max_clips: int
     chunk: int
+
+    def positions(self, frames: int, views: int) -> int:
+        """Of the cache that frames take in so many views each, with their text and a question's."""
+        return positions(frames // self.clip_length, views, self.tokens_per_clip, self.units_per_clip)
+
+    def most_frames(self, views: int) -> int:
+        """How many frames fit the cache in so many views each: whole clips, at most `max_frames`."""
+        clip = self.positions(self.clip_length, views) - QUESTION_POSITIONS
+        clips = max(0, self.capacity - QUESTION_POSITIONS) // clip
+        return min(clips * self.clip_length, self.max_frames)
+
+    def most_tiles(self, frames: int, thumbnail: bool = True) -> int:
+        """In how many tiles so many frames fit the cache; 0 if not even in one."""
+        clips = frames // self.clip_length
+        views = max(0, self.capacity - self.positions(frames, 0)) // (clips * self.tokens_per_clip)
+        return max(min(views, 1), views - 1) if thumbnail else views
 
 
 class Text(_Strict, frozen=True):

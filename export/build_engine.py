@@ -62,8 +62,6 @@ from .precision import GraphName, Lowering, embedding_table, prepare
 from .trace import WeightsFile, trace_decoder, trace_encoder
 from .verify import Verifier, sample_clips
 
-QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
-UNIT_TEXT_POSITIONS = 16  # prompt text around one unit, at most
 CHUNK = 512
 QUESTION = "What happens in this video?"  # in polygraphy's inputs
 GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
@@ -80,6 +78,7 @@ def build(
     target_name: str,
     output: Path,
     frames: int = 64,
+    tiles: int = 1,
     reducer: str | None = None,
     ratio: int | None = None,
     precision: Asked = "fp32",
@@ -97,7 +96,8 @@ def build(
     bundle is finished at once.
 
     Args:
-        frames: the most frames of a video; with the text around them they size the KV cache.
+        frames, tiles: the most frames of a video, and the most tiles of each; with a thumbnail, where there are several
+            tiles, and the text around them they size the KV cache.
         reducer, ratio: replace the reducer of an artifact with a frame-wise tower; see `load_artifact`.
         precision: of linear layers; see calib/placement.py for what surrounds them.
         decoder_precision: of the decoder's alone; None means `precision`.
@@ -125,7 +125,7 @@ def build(
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
-        model = describe_model(artifact, frames, target)
+        model = describe_model(artifact, frames, tiles, target)
         with _step("run the torch modules"):
             verifier = Verifier(artifact.encoder, artifact.decoder)
         lowering = None
@@ -237,18 +237,21 @@ def _step(what: str) -> Iterator[Callable[[int, int], None]]:
     Progress.print(f"{time.perf_counter() - start:7.1f} s  {peak:5.2f} GB  {what}", highlight=False)
 
 
-def describe_model(artifact: Artifact, frames: int, target: Target) -> package.Model:
+def describe_model(artifact: Artifact, frames: int, tiles: int, target: Target) -> package.Model:
     encoder, decoder = artifact.encoder, artifact.decoder.config
     clip = encoder.config.clip_length
     if frames < clip or frames % clip:
         raise InputError(f"--frames {frames}: expected a multiple of {clip}, the frames of a clip")
-    clips = frames // clip
-    positions = clips * (encoder.tokens_per_clip + encoder.units_per_clip * UNIT_TEXT_POSITIONS) + QUESTION_POSITIONS
+    if tiles < 1:
+        raise InputError(f"--tiles {tiles}: expected 1 or more")
+    clips, views = frames // clip, package.views_of(tiles)
+    positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip)
     capacity = -(-positions // 256) * 256
     if capacity > decoder.max_position_embeddings:
+        tiled = f" --tiles {tiles}" if tiles > 1 else ""
         raise InputError(
-            f"--frames {frames} needs a KV cache of {capacity} positions, the language model was trained for "
-            f"{decoder.max_position_embeddings}; build with fewer frames or a stronger --ratio"
+            f"--frames {frames}{tiled} needs a KV cache of {capacity} positions, the language model was trained for "
+            f"{decoder.max_position_embeddings}; build with fewer frames{tiled and ' or tiles'} or a stronger --ratio"
         )
     return package.Model(
         image_size=encoder.config.vit.image_size,
@@ -261,9 +264,10 @@ def describe_model(artifact: Artifact, frames: int, target: Target) -> package.M
         kv_heads=decoder.num_key_value_heads,
         head_dim=decoder.head_dim,
         max_frames=frames,
+        max_tiles=tiles,
         capacity=capacity,
         # a CPU gains nothing from batches of clips, and holds one clip's activations instead of many
-        max_clips=1 if target.name == "cpu" else min(clips, MAX_CLIPS),
+        max_clips=1 if target.name == "cpu" else min(clips * views, MAX_CLIPS),
         chunk=CHUNK,
     )
 
@@ -496,6 +500,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("artifact", type=Path, help="folder with config.json and weights")
     parser.add_argument("--target", required=True, choices=TARGETS)
     parser.add_argument("--frames", type=int, default=64, help="the most frames of a video (default: %(default)s)")
+    parser.add_argument(
+        "--tiles",
+        type=int,
+        default=1,
+        help="the most tiles of a frame, a thumbnail beside them (default: %(default)s, the whole frame)",
+    )
     parser.add_argument("--reducer", choices=REDUCERS, help="replaces the reducer behind a frame-wise tower")
     parser.add_argument("--ratio", type=int, help="how many tokens become one; default: the artifact's, else 16")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of linear layers (default: fp32)")
@@ -535,6 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.target,
         output,
         options.frames,
+        options.tiles,
         options.reducer,
         options.ratio,
         options.precision,

@@ -122,6 +122,8 @@ def run(arguments: list[str]) -> int:
     )
     parser.add_argument("question")
     parser.add_argument("--frames", type=int, help="frames to sample (default: as many as the package was built for)")
+    parser.add_argument("--tiles", type=int, default=1, help="cut each frame into so many tiles at most (default: 1)")
+    parser.add_argument("--no-thumbnail", action="store_true", help="leave out the whole frame beside its tiles")
     parser.add_argument("--fps", type=float, help="rate of the images of a folder (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -130,8 +132,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
-    if not options.video and (options.frames, options.fps) != (None, None):
-        raise InputError("--frames and --fps are for a video, and none was given; leave them out or name one")
+    if not options.video and (options.frames, options.fps, options.tiles) != (None, None, 1):
+        raise InputError("--frames, --fps and --tiles are for a video, and none was given; leave them out or name one")
     from rich.console import Console
     from rich.progress import Progress
 
@@ -143,7 +145,12 @@ def run(arguments: list[str]) -> int:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"watching {options.video}", total=options.frames or session.model.max_frames)
             session.watch(
-                options.video, options.frames, options.fps, lambda encoded: bar.update(task, completed=encoded)
+                options.video,
+                options.frames,
+                options.fps,
+                lambda encoded: bar.update(task, completed=encoded),
+                options.tiles,
+                not options.no_thumbnail,
             )
         if notice := session.package.manifest.text.notice:
             print(f"note: {notice}", file=sys.stderr)

@@ -6,8 +6,9 @@ Clips are yielded as they are read, and one is held at a time.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import cv2
@@ -22,7 +23,7 @@ from .video import Image, VideoSource
 class Clip:
     """What the encoder sees at once.
 
-    frames: uint8 (T, H, W, 3), RGB.
+    frames: uint8 (T, H, W, 3), RGB; where frames were split into views, (views, T, H, W, 3).
     timestamps: float64 (T,), seconds since the first frame of the video.
     """
 
@@ -70,12 +71,19 @@ def sample_indices(
     return np.floor(np.round(centres[:, None] + offsets, 6)).astype(np.int64)
 
 
-def read_clips(source: VideoSource, frames: int, clip_length: int, size: tuple[int, int]) -> Iterator[Clip]:
+def read_clips(
+    source: VideoSource,
+    frames: int,
+    clip_length: int,
+    size: tuple[int, int],
+    split: Callable[[Image], NDArray[np.uint8]] | None = None,
+) -> Iterator[Clip]:
     """Samples a video and yields its clips in order, each as soon as it is read. The source is closed at the end.
 
     frames: how many are wanted; a multiple of clip_length.
     size: (H, W) in pixels, to which every whole frame is stretched, as InternVL does: by pixel area where it shrinks,
         bicubically where it grows.
+    split: makes views of each frame instead, uint8 (views, H, W, 3); see tiles.py.
 
     Which frames: see sample_indices. From a camera: the frames nearest to 0, 1, 2, ... seconds, until there are enough.
 
@@ -87,12 +95,13 @@ def read_clips(source: VideoSource, frames: int, clip_length: int, size: tuple[i
     """
     if min(size) < 1:
         raise InputError(f"Frames of {size} pixels were asked for; a positive height and width were expected.")
+    fit = split or partial(resize, size=size)
     if source.frame_count is None:
         _check(frames, clip_length)
-        chosen = _once_a_second(source, frames, size)
+        chosen = _once_a_second(source, frames, fit)
     else:
         indices = sample_indices(source.frame_count, source.fps, frames, clip_length)
-        chosen = _at(np.unique(indices).tolist(), source, size)
+        chosen = _at(np.unique(indices).tolist(), source, fit)
     return _clips(chosen, clip_length)
 
 
@@ -108,14 +117,14 @@ def _clips(chosen: Iterator[tuple[float, Image]], clip_length: int) -> Iterator[
     while clip := list(islice(chosen, clip_length)):
         clip += [clip[-1]] * (clip_length - len(clip))
         seconds, images = zip(*clip, strict=True)
-        yield Clip(np.stack(images), np.array(seconds, np.float64))
+        yield Clip(np.stack(images, axis=-4), np.array(seconds, np.float64))
 
 
-def _at(indices: list[int], source: VideoSource, size: tuple[int, int]) -> Iterator[tuple[float, Image]]:
+def _at(indices: list[int], source: VideoSource, fit: Callable[[Image], Image]) -> Iterator[tuple[float, Image]]:
     read = taken = 0
     for read, (seconds, decode) in enumerate(source.frames(), start=1):
         if read - 1 == indices[taken]:
-            yield seconds, resize(decode(), size)
+            yield seconds, fit(decode())
             taken += 1
             if taken == len(indices):
                 return
@@ -129,12 +138,12 @@ def _at(indices: list[int], source: VideoSource, size: tuple[int, int]) -> Itera
     )
 
 
-def _once_a_second(source: VideoSource, frames: int, size: tuple[int, int]) -> Iterator[tuple[float, Image]]:
+def _once_a_second(source: VideoSource, frames: int, fit: Callable[[Image], Image]) -> Iterator[tuple[float, Image]]:
     taken, due, previous = 0, 0.0, 0.0
     for seconds, decode in source.frames():
         # a frame can't be fetched back, so the next is assumed to come as long after this one as this after the last
         if seconds + (seconds - previous) / 2 >= due:
-            yield seconds, resize(decode(), size)
+            yield seconds, fit(decode())
             taken += 1
             if taken == frames:
                 return

@@ -37,7 +37,7 @@ class Turn:
     answer: tuple[int, ...]
 
 
-Clip = NDArray[np.float32]  # its visual tokens (tokens_per_clip, D)
+Clip = NDArray[np.float32]  # its visual tokens (tokens_per_clip, D); in several views (views, tokens_per_clip, D)
 Entry = Clip | Turn
 Finished = Literal["", "end", "length", "cache"]
 
@@ -104,6 +104,11 @@ class Cache:
         return sum(not isinstance(entry, Turn) for entry in self.entries)
 
     @property
+    def visual_tokens(self) -> int:
+        """Of the clips."""
+        return sum(entry.size // entry.shape[-1] for entry in self.entries if not isinstance(entry, Turn))
+
+    @property
     def waiting(self) -> int:
         """How many entries are not in the cache yet, or not wholly."""
         return len(self.entries) - self._place.entries + bool(self._laid)
@@ -155,12 +160,12 @@ class Cache:
         return parts, replace(after, entries=place.entries + 1, position=position)
 
     def _units(self, clip: Clip, clips_before: int) -> Iterator[NDArray[np.float32]]:
-        """A clip's units, each between its own text."""
+        """A clip's units, each between its own text; in a unit the tokens of one view follow those of the other."""
         units = self._model.units_per_clip
         frames = self._model.clip_length // units
-        for number, unit in enumerate(np.split(clip, units), start=clips_before * units):
+        for number, unit in enumerate(np.split(clip, units, axis=-2), start=clips_before * units):
             prefix, suffix = self._text.unit(number * frames + 1, (number + 1) * frames)
-            yield from (self._text.embed(prefix), unit, self._text.embed(suffix))
+            yield from (self._text.embed(prefix), unit.reshape(-1, unit.shape[-1]), self._text.embed(suffix))
 
     def _prefill_laid(self, at_least: int) -> None:
         chunk = self._model.chunk
@@ -193,7 +198,7 @@ class Cache:
         if needed > self.capacity:
             raise InputError(
                 f"video, earlier turns and question take {needed} positions, the KV cache holds {self.capacity}; "
-                "forget() the earlier turns, use fewer frames or a shorter question, or build with more --frames"
+                "forget() the earlier turns, use fewer frames or tiles, a shorter question, or build with more --frames"
             )
         return lead, after
 
@@ -297,6 +302,11 @@ class Conversation:
         return self._cache.clips
 
     @property
+    def visual_tokens(self) -> int:
+        """In the window."""
+        return self._cache.visual_tokens
+
+    @property
     def prompt(self) -> int:
         """Positions before the last answer."""
         return self._cache.prompt
@@ -337,9 +347,10 @@ class Conversation:
             self._cache.step()
         self._cache.fill()
 
-    def expect(self, clips: int) -> None:
-        """Makes room for so many clips, of a video that is about to be watched."""
-        self._cache.reserve(clips * (self._model.tokens_per_clip + self._model.units_per_clip * UNIT_TEXT) + TURN)
+    def expect(self, clips: int, views: int) -> None:
+        """Makes room for so many clips in so many views, of a video that is about to be watched."""
+        clip = views * self._model.tokens_per_clip + self._model.units_per_clip * UNIT_TEXT
+        self._cache.reserve(clips * clip + TURN)
 
     def begin_stream(self) -> None:
         """What is added from here on is a stream's. Both caches take all their memory now: growing takes time, and what

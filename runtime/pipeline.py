@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any, Generic, Literal, TypeVar
 
@@ -50,10 +51,14 @@ class Request:
 
 
 class Queue(Generic[Item]):
-    """Bounded in items; requests always have room."""
+    """Bounded in what its items weigh together; requests always have room, and so has what is alone.
 
-    def __init__(self, size: int):
-        self._size = size
+    Args:
+        weigh: an item's weight; by default each weighs 1.
+    """
+
+    def __init__(self, size: int, weigh: Callable[[Item], int] = lambda _: 1):
+        self._size, self._weigh = size, weigh
         self._waiting: deque[Item | Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -67,9 +72,10 @@ class Queue(Generic[Item]):
         dropped: list[Item] = []
         with self._changed:
             if not isinstance(item, Request):
+                size = 1 if when_full == "latest-only" else self._size
                 if when_full == "block":
-                    self._changed.wait_for(lambda: self._closed or self._items() < self._size)
-                while not self._closed and self._items() >= (1 if when_full == "latest-only" else self._size):
+                    self._changed.wait_for(lambda: self._closed or self._has_room(item, size))
+                while not self._closed and not self._has_room(item, size):
                     dropped.append(self._drop_oldest())
             if self._closed:
                 raise InputError(CLOSED)
@@ -78,15 +84,19 @@ class Queue(Generic[Item]):
         return dropped
 
     def take(self, most: int, wait: bool = True) -> list[Item] | Request | None:
-        """Up to `most` items that follow each other, or a request; None when closed, or when nothing waits."""
+        """Items that follow each other and weigh up to `most`, or a single one, or a request; None when closed, or when
+        nothing waits."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
             if self._closed or not self._waiting:
                 return None
             taken: list[Item] = []
-            while self._waiting and len(taken) < most and not isinstance(self._waiting[0], Request):
-                taken.append(self._waiting.popleft())  # type: ignore[arg-type]
+            while self._waiting and not isinstance(item := self._waiting[0], Request):
+                if taken and sum(map(self._weigh, taken)) + self._weigh(item) > most:
+                    break
+                taken.append(item)
+                self._waiting.popleft()
             first = taken or self._waiting.popleft()
             self._changed.notify_all()
         return first  # type: ignore[return-value]
@@ -116,8 +126,9 @@ class Queue(Generic[Item]):
         with self._changed:
             return any(isinstance(item, Request) for item in self._waiting)
 
-    def _items(self) -> int:
-        return sum(not isinstance(item, Request) for item in self._waiting)
+    def _has_room(self, new: Item, size: int) -> bool:
+        weights = [self._weigh(item) for item in self._waiting if not isinstance(item, Request)]
+        return not weights or sum(weights) + self._weigh(new) <= size
 
     def _drop_oldest(self) -> Item:
         oldest = next(item for item in self._waiting if not isinstance(item, Request))
@@ -153,10 +164,18 @@ class Turns:
 
 @dataclass(eq=False)
 class Clip:
-    """Frames uint8 (T, H, W, 3), RGB, on the host or a GPU; `given` of them were pushed, the rest repeat the last."""
+    """Frames uint8 (T, H, W, 3), RGB, on the host or a GPU; `given` of them were pushed, the rest repeat the last. Or,
+    on the host, frames in several views (views, T, H, W, 3); see tiles.py."""
 
     frames: NDArray[np.uint8] | DeviceFrames
     given: int
+
+    @property
+    def views(self) -> list[NDArray[np.uint8] | DeviceFrames]:
+        """Each is a clip to the encoder."""
+        if isinstance(self.frames, np.ndarray) and self.frames.ndim == 5:
+            return list(self.frames)
+        return [self.frames]
 
 
 class Answer:
@@ -194,7 +213,8 @@ class Stats:
     """What a session has done. Times in milliseconds.
 
     Attributes:
-        frames, clips, visual_tokens: in the window, which is the whole video where one is watched.
+        frames, clips, visual_tokens: in the window, which is the whole video where one is watched. A frame counts once,
+            in however many tiles the encoder is given it.
         clips_seen: encoded since the video, or the stream, began.
         pushed, dropped, failed, waiting: frames that were pushed; of these, dropped for want of room, lost to an error,
             and not encoded yet.
@@ -230,7 +250,7 @@ class Stats:
 class Pipeline:
     """
     Args:
-        max_clips: the most that the encoder takes at once.
+        max_clips: the most that the encoder takes at once; where frames have several views, of these.
         turns: whether encoder and language model take turns instead of running at the same time.
         trace: told what each stage does, and when.
 
@@ -246,7 +266,7 @@ class Pipeline:
         self._encoder, self._max_clips = encoder, max_clips
         self._turns: AbstractContextManager[Any] = Turns() if turns else nullcontext()
         self._trace = trace
-        self._clips: Queue[Clip] = Queue(2 * max_clips)
+        self._clips: Queue[Clip] = Queue(2 * max_clips, weigh=lambda clip: len(clip.views))
         self._tokens: Queue[NDArray[np.float32]] = Queue(TOKENS_WAITING)
         self._errors: deque[Exception] = deque()
         self._threads = [
@@ -362,16 +382,21 @@ class Pipeline:
         return taken is not None
 
     def _encoded(self, clips: list[Clip]) -> Iterable[NDArray[np.float32]]:
+        views = [view for clip in clips for view in clip.views]
+        encoded: list[NDArray[np.float32]] = []
         try:
-            with self._span("encoder", "vision_ms", clips=len(clips)):
-                tokens = self._encode_clips([clip.frames for clip in clips])
+            for start in range(0, len(views), self._max_clips):
+                batch = views[start : start + self._max_clips]
+                with self._span("encoder", "vision_ms", clips=len(batch)):
+                    encoded.extend(self._encode_clips(batch))
         except Exception as error:
             self._lose(clips)
             self._report("the encoder", f"{len(clips)} clips, which are left out", error)
             return []
         self.stats.clips_seen += len(clips)
         self.stats.waiting -= sum(clip.given for clip in clips)
-        return tokens
+        rest = iter(encoded)
+        return [_stacked([*islice(rest, len(clip.views))]) for clip in clips]
 
     def _encode_clips(self, clips: list[NDArray[np.uint8] | DeviceFrames]) -> NDArray[np.float32]:
         on_host = [clip for clip in clips if isinstance(clip, np.ndarray)]
@@ -446,6 +471,10 @@ class Pipeline:
                 answer.put(token)
         if self._tokens.closed:
             raise InputError(CLOSED)
+
+
+def _stacked(views: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return views[0] if len(views) == 1 else np.stack(views)
 
 
 def _repeat(step: Callable[[], bool]) -> None:

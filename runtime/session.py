@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .cuda import DeviceFrames, is_on_device
 from .engine import EngineError, open_engines
 from .pipeline import Answer, Backpressure, Clip, Pipeline, Stats
 from .text import ChatText, Sampler
+from .tiles import Tiler, check_budget, check_tiles
 from .trace import Trace
 from .video import open_video
 
@@ -99,6 +101,8 @@ class VideoSession:
         frames: int | None = None,
         fps: float | None = None,
         progress: Callable[[int], object] = lambda encoded: None,
+        tiles: int = 1,
+        thumbnail: bool = True,
     ) -> None:
         """Reads a video into the language model's cache. It replaces what was seen and said before; on an error that
         stays.
@@ -108,13 +112,18 @@ class VideoSession:
             frames: how many to sample, in whole clips; by default what the package was built for.
             fps: rate of the images of a folder or array; by default 1.
             progress: called with the number of frames encoded so far.
+            tiles: into how many of the encoder's size a frame is cut at most, after the aspect ratio of the first; see
+                tiles.py.
+            thumbnail: whether the encoder is given the whole frame, too, where there are several tiles.
 
         Raises:
-            InputError: nothing can be read from the source, or `frames` is not what the package can take.
+            InputError: nothing can be read from the source, or `frames` and `tiles` are not what the package can take.
             EngineError: an engine failed.
         """
         wanted = self.model.max_frames if frames is None else frames
         self.check_frames(wanted)
+        check_tiles(self.model, tiles, thumbnail)
+        tiler = Tiler(self.model.image_size, tiles, thumbnail) if tiles > 1 else None
         self._pipeline.raise_error()
         with open_video(source, fps) as video, self._pushing:
             if self._takes_turns and video.frame_count is not None and video.frame_count <= DENSE * wanted:
@@ -122,10 +131,10 @@ class VideoSession:
             before = self._begin_anew()
             clip = self.model.clip_length
             expected = wanted if video.frame_count is None else min(wanted, video.frame_count)
-            self._pipeline.submit(lambda: self._pipeline.conversation.expect(-(-expected // clip)))
             try:
-                clips = read_clips(video, wanted, clip, self.model.image_size)
-                self._read(self._pipeline.read(clips, in_turn=video.frame_count is not None), progress)
+                clips = read_clips(video, wanted, clip, self.model.image_size, tiler)
+                clips = self._pipeline.read(clips, in_turn=video.frame_count is not None)
+                self._read(self._expected(clips, -(-expected // clip), tiler, thumbnail), progress)
             except BaseException:
                 self._pipeline.discard()
                 with suppress(InputError):  # closed
@@ -153,6 +162,19 @@ class VideoSession:
         conversation.refill(entries)
         conversation.live, pipeline.stats = live, stats
         return before
+
+    def _expected(
+        self, clips: Iterator[ReadClip], count: int, tiler: Tiler | None, thumbnail: bool
+    ) -> Iterator[ReadClip]:
+        """The same clips. Makes room for as many as are expected, in the views that the first has."""
+        for number, clip in enumerate(clips):
+            if number == 0:
+                views = 1
+                if tiler is not None and tiler.grid is not None:
+                    check_budget(self.model, count * self.model.clip_length, tiler.grid, thumbnail)
+                    views = len(clip.frames)
+                self._pipeline.submit(partial(self._pipeline.conversation.expect, count, views))
+            yield clip
 
     def _read(self, clips: Iterator[ReadClip], progress: Callable[[int], object]) -> None:
         told = 0
@@ -317,7 +339,7 @@ class VideoSession:
             self._pipeline.stats,
             frames=clips * model.clip_length,
             clips=clips,
-            visual_tokens=clips * model.tokens_per_clip,
+            visual_tokens=conversation.visual_tokens,
             moves=conversation.moves,
         )
 

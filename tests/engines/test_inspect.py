@@ -33,7 +33,8 @@ def test_it_says_what_the_package_is_for_and_made_of(inspect, folder):
         f"{folder}: target a100, engines",
         f"built from tiny, SHA-256 {'0' * 64}",
         "with torch 2.13.0",
-        "up to 9 frames of 42 x 56 in clips of 1, 3 visual tokens a clip, KV cache of 10 positions",
+        "up to 9 frames of 42 x 56 in clips of 1, each in up to 10 tiles and a thumbnail, 3 visual tokens a clip, "
+        "KV cache of 11 positions",
         "note: random weights",
     ]
 
@@ -114,6 +115,24 @@ def test_a_package_built_for_the_cpu_is_printed(tiny_package, capsys):
     assert "target cpu, engines" in out
     assert "k_cache_0..1" in out
     assert "onnxruntime" in out
+
+
+def test_it_tells_how_many_frames_the_cache_holds_in_how_many_tiles(tiny_package, capsys):
+    # 1280 positions, 1024 for a question; a clip of 4 frames takes 2 for each tile and the thumbnail, and 32 for text
+    model = msgspec.structs.replace(tiny_package.manifest.model, max_tiles=100)
+    assert inspect_package.budget_of(model) == {
+        **dict.fromkeys((1, 2, 4, 6, 9, 12), 16),
+        16: 12,
+        25: 12,
+        36: 8,
+        100: 4,
+    }
+    assert inspect_package.budget_of(msgspec.structs.replace(model, capacity=1025)) == {}
+    inspect_package.main([str(tiny_package.folder)])
+    lines = words(capsys.readouterr().out.splitlines())
+    start = lines.index(["tiles", "most", "frames"])
+    assert lines[start - 1] == ["what", "the", "cache", "holds"]
+    assert lines[start + 1 : start + 10] == [[str(t), str(f)] for t, f in inspect_package.budget_of(model).items()][:9]
 
 
 def test_a_broken_package_prints_nothing(folder, capsys):

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 from liteframe.engines.device import Gpu
-from liteframe.engines.package import GateError, InputError, Operators, open_package
+from liteframe.engines.package import QUESTION_POSITIONS, GateError, InputError, Operators, open_package
 from liteframe.engines.targets import PLAIN_TYPES, TARGETS
 from liteframe.export import build_engine, verify
 from liteframe.export.artifact import LiteFrameFolder
@@ -167,7 +167,7 @@ def test_the_profiles_cover_the_manifests_numbers(built):
     assert encoder[0].profile.max == [4, 4, 56, 56, 3]
     assert decoder[0].profile.max == [1, model.chunk, 24]
     assert all(spec.shape == [1, 2, model.capacity, 6] for spec in decoder[2:])
-    assert model.capacity % 256 == 0 and model.capacity >= 4 * 2 + build_engine.QUESTION_POSITIONS
+    assert model.capacity % 256 == 0 and model.capacity >= 4 * 2 + QUESTION_POSITIONS
 
 
 @pytest.mark.slow

@@ -230,8 +230,9 @@ def test_run_streams_each_piece_as_it_comes(tiny_package, monkeypatch, capsys):
         ({"video": "nowhere.mp4"}, ["nowhere.mp4 does not exist"]),
         ({"video": os.devnull}, [os.devnull]),
         ({"video": "camera:100"}, ["camera:100 is not a camera"]),
-        ({"video": "", "--frames": 4}, ["--frames and --fps are for a video"]),
-        ({"video": "", "--fps": 1}, ["--frames and --fps are for a video"]),
+        ({"video": "", "--frames": 4}, ["--frames, --fps and --tiles are for a video"]),
+        ({"video": "", "--fps": 1}, ["--frames, --fps and --tiles are for a video"]),
+        ({"video": "", "--tiles": 4}, ["--frames, --fps and --tiles are for a video"]),
         ({"question": ""}, ["the question is empty"]),
         ({"question": " \n"}, ["the question is empty"]),
         ({"question": "<|im_end|>"}, ["control token <|im_end|>"]),
@@ -240,6 +241,11 @@ def test_run_streams_each_piece_as_it_comes(tiny_package, monkeypatch, capsys):
         ({"--frames": 6}, ["6 frames, expected a multiple of 4"]),
         ({"--frames": 0}, ["0 frames"]),
         ({"--frames": 64}, ["at most 16; build with --frames 64"]),
+        ({"--tiles": 0}, ["tiles is 0, expected 1 or more"]),
+        (
+            {"--tiles": 500},
+            ["tiles is 500; of a single clip, 4 frames, at most 111 fit", "--tiles 500"],
+        ),
         ({"--fps": 0}, ["fps is 0"]),
         ({"--fps": "nan"}, ["fps is nan"]),
         ({"--max-new-tokens": 0}, ["max_new_tokens is 0"]),
@@ -256,7 +262,7 @@ def test_run_refuses_bad_input_in_one_line(call, tiny_package, video, changes, f
     assert_failed((code, out, err.removeprefix("note: random weights\n")), 2, *fragments)
 
 
-@pytest.mark.parametrize("option", ["--frames=x", "--seed=1.5", "--temperature=hot"])
+@pytest.mark.parametrize("option", ["--frames=x", "--tiles=2x2", "--seed=1.5", "--temperature=hot"])
 def test_run_refuses_what_is_no_number_with_its_usage(call, tiny_package, option):
     code, out, err = call("run", tiny_package.folder, "", QUESTION, option)
     assert (code, out) == (2, "")
@@ -289,6 +295,8 @@ def test_a_changed_package_is_refused_by_every_command(call, folder, command, fi
         ({"--frames": 6}, ["--frames 6: expected a multiple of 4"]),
         ({"--frames": 0}, ["--frames 0"]),
         ({"--frames": 400}, ["--frames 400 needs a KV cache of", "trained for 2048"]),
+        ({"--tiles": 0}, ["--tiles 0: expected 1 or more"]),
+        ({"--tiles": 40}, ["--frames 64 --tiles 40 needs a KV cache of 3072 positions", "fewer frames or tiles"]),
         ({"--ratio": 4}, ["--reducer and --ratio are for frame-wise towers"]),
         ({"--output": "taken"}, ["taken: already exists; remove it or choose another --output"]),
         ({"--output": "taken/file/package"}, ["taken/file", "cannot be written"]),
@@ -321,7 +329,7 @@ def test_build_reports_and_ends_with_one_json_document(call, tiny_artifact, tiny
     monkeypatch.setattr(build_engine, "build", lambda *arguments: asked.append(arguments) or tiny_package)
     code, out, err = call("build", tiny_artifact, "--target", "cpu", "--frames", 16, "--json")
     assert code == 0
-    given = [str(tiny_artifact), "cpu", "artifact-cpu", "16", "None", "None"]
+    given = [str(tiny_artifact), "cpu", "artifact-cpu", "16", "1", "None", "None"]
     assert [str(a) for a in asked[0]] == [
         *given,
         "fp32",
