@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..engines.graph_edits import output_like
+from ..runtime.ort_engine import open_session
 from .placement import is_float, linear_layers
 from .ranges import Histogram
 
@@ -101,7 +102,7 @@ def open_tapped(model: ir.Model, folder: Path, outputs: Iterable[str], threads: 
     if threads is not None:
         options.intra_op_num_threads = threads
     proto = ir.to_proto(model)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_session(proto.SerializeToString(), options, "CPUExecutionProvider")
 
 
 def layers_by_activation(model: ir.Model) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -24,12 +25,15 @@ from .package import (
     InputError,
     Operators,
     Package,
+    Part,
     describe_file,
     open_package,
     write_manifest,
 )
 from .targets import FUSED_SINCE, TARGETS, dialect_for_tensorrt
 
+PARTS: tuple[Part, ...] = get_args(Part)
+OPTIONAL: tuple[Part, ...] = ("merger", "query")  # of packages for long videos
 PLUGINS_HELP = (
     "custom operators as CUDA kernels: auto takes them where they are faster (default), never, require fails where "
     "they can't be had"
@@ -43,7 +47,7 @@ def compile_bundle(
     plugins: operators.Choice = "auto",
     library: Path | None = None,
 ) -> Package:
-    """Compiles both engines into the package; the manifest changes only when both are done.
+    """Compiles the engines into the package; the manifest changes only when all are done.
 
     Args:
         max_workspace: bytes; see `compile_tensorrt.compile_graph`.
@@ -91,7 +95,9 @@ def compile_bundle(
         return msgspec.structs.replace(describe_file(folder, partial), path=final.name)
 
     try:
-        for name in ("encoder", "decoder"):
+        for name in PARTS:
+            if name in OPTIONAL and not bundle.has(name):
+                continue
             graph = bundle.graph(name, dialect)
             path, capability = bundle.path(graph.files[0]), gpus[0].capability
             told = None

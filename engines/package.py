@@ -26,6 +26,7 @@ import msgspec
 from .targets import TARGETS, Asked, Compiler, Dialect
 
 FORMAT = 1
+Part = Literal["encoder", "decoder", "merger", "query"]  # what graphs and engines there may be
 Way = Literal["bodies", "embedded", "library"]  # in which custom operators get into an engine
 MANIFEST = "manifest.json"
 QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
@@ -101,7 +102,7 @@ class Operators(_Strict, frozen=True):
 class Graph(_Strict, frozen=True):
     """An ONNX graph. `files`: the graph, then the weights beside it. `parity`: figures against the torch module."""
 
-    name: Literal["encoder", "decoder"]
+    name: Part
     dialect: Dialect
     opset: int
     files: list[File]
@@ -115,7 +116,7 @@ class Engine(_Strict, frozen=True):
     """A compiled graph. `parity` is null where the engine could not be run on the machine that compiled it, `operators`
     where the graph holds no custom ones."""
 
-    name: Literal["encoder", "decoder"]
+    name: Part
     dialect: Dialect
     files: list[File]
     inputs: list[TensorSpec]
@@ -139,6 +140,23 @@ def positions(clips: int, views: int, tokens_per_clip: int, units_per_clip: int)
     return clips * (views * tokens_per_clip + units_per_clip * UNIT_TEXT_POSITIONS) + QUESTION_POSITIONS
 
 
+class LongVideo(_Strict, frozen=True):
+    """How a video of many frames is kept in few positions; see runtime/long_video.py.
+
+    Attributes:
+        max_frames: of such a video.
+        keyframes: how many clips, or frames, keep all their visual tokens.
+        similar: cosine from which on a candidate repeats a keyframe that is kept.
+        redundancy_weight, temperature: lambda and alpha of differential feature merging.
+    """
+
+    max_frames: int
+    keyframes: int
+    similar: float
+    redundancy_weight: float
+    temperature: float
+
+
 class Model(_Strict, frozen=True):
     """What the runtime must know of the model.
 
@@ -151,6 +169,7 @@ class Model(_Strict, frozen=True):
             the whole frame. Fewer frames may come in more tiles, as far as they fit `capacity`.
         capacity: positions that the KV cache may hold.
         max_clips, chunk: the most clips and the most positions that one call of the engines may take.
+        long_video: null where the package was not built for such.
     """
 
     image_size: tuple[int, int]
@@ -167,6 +186,7 @@ class Model(_Strict, frozen=True):
     capacity: int
     max_clips: int
     chunk: int
+    long_video: LongVideo | None
 
     def positions(self, frames: int, views: int) -> int:
         """Of the cache that frames take in so many views each, with their text and a question's."""
@@ -186,11 +206,13 @@ class Model(_Strict, frozen=True):
 
 
 class Text(_Strict, frozen=True):
-    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit."""
+    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit.
+    `query_tokenizer` is the query encoder's, where there is one."""
 
     tokenizer: File
     chat_template: File
     embeddings: File
+    query_tokenizer: File | None
     end_of_turn: list[int]
     special_tokens: dict[str, str]
     unit_prefix: str
@@ -250,6 +272,8 @@ class Manifest(_Strict, frozen=True):
                 yield engine.operators.library
         yield from (*self.commands, *self.drift)
         yield from (self.text.tokenizer, self.text.chat_template, self.text.embeddings)
+        if self.text.query_tokenizer is not None:
+            yield self.text.query_tokenizer
 
 
 class Package(msgspec.Struct, frozen=True):
@@ -270,6 +294,11 @@ class Package(msgspec.Struct, frozen=True):
             f"{self.folder}: a bundle for {self.manifest.target}, without engines; "
             f"on the device run: liteframe compile {self.folder}"
         )
+
+    def has(self, name: Part) -> bool:
+        """Whether it was built with such a graph or engine."""
+        parts: list[Graph | Engine] = [*self.manifest.graphs, *self.manifest.engines]
+        return any(part.name == name for part in parts)
 
     def graph(self, name: str, dialect: Dialect) -> Graph:
         for graph in self.manifest.graphs:

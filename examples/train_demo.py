@@ -226,7 +226,7 @@ class Stages:
 
     def judge(self, trained: Path) -> bool:
         artifact, questions = load_artifact(trained), self.questions()
-        answering = respondent(artifact, describe_model(artifact, FRAMES, TARGETS["cpu"]))
+        answering = respondent(artifact, describe_model(artifact, FRAMES, 1, TARGETS["cpu"]))
         videos = read_videos(
             questions, FRAMES, artifact.encoder.config.clip_length, artifact.encoder.config.vit.image_size
         )

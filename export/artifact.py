@@ -37,6 +37,7 @@ from .models.encoder import EncoderConfig, VideoEncoder
 from .models.liteframe import LiteFrameConfig
 from .models.reducers import TOKEN_REDUCERS, window_of
 from .models.vit import interpolate_position_embedding
+from .query_encoder import QueryEncoder, load_query_encoder
 from .tokenizer import byte_level_bpe, parse_merges
 
 
@@ -47,6 +48,19 @@ class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit_suffix: str
 
 
+class LongVideoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a video of thousands of frames is thinned out, if the model was trained so; the defaults are those of
+    ViLaMP's code. See package.LongVideo."""
+
+    similar: float = 0.85
+    redundancy_weight: float = 1.0
+    temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"long_video.temperature is {self.temperature}, expected more than 0")
+
+
 class LiteFrameFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="model_type", tag="liteframe"):
     """config.json of a LiteFrame folder. `decoder` is a transformers config, or {"gguf": file}."""
 
@@ -55,6 +69,7 @@ class LiteFrameFolder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
     decoder: dict[str, Any]
     prompt: PromptConfig | None = None
     notice: str = ""
+    long_video: LongVideoConfig = LongVideoConfig()
 
 
 class _Token(msgspec.Struct):
@@ -113,6 +128,8 @@ class Artifact:
     text: TextFiles
     prompt: PromptConfig
     notice: str
+    long_video: LongVideoConfig
+    query_encoder: QueryEncoder | None
 
 
 def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = None) -> Artifact:
@@ -176,7 +193,7 @@ def _load_liteframe(folder: Path, path: Path, reducer: str | None, ratio: int | 
             f"{path}: encoder.output_size {config.encoder.output_size} differs from the language model's "
             f"hidden size {decoder.config.hidden_size}"
         )
-    return _finish(folder, encoder, decoder, text, [path, *files], config.prompt, config.notice)
+    return _finish(folder, encoder, decoder, text, [path, *files], config.prompt, config.notice, config.long_video)
 
 
 def _load_internvl(
@@ -197,12 +214,12 @@ def _build_encoder(config: EncoderConfig, reducer: str | None, ratio: int | None
     if reducer is not None or ratio is not None:
         if isinstance(config.backbone, LiteFrameConfig):
             raise ValueError("--reducer and --ratio are for frame-wise towers; a LiteFrame student compresses inside")
-        config = _with_reducer(config, reducer or config.reducer, ratio if ratio is not None else config.ratio)
+        config = with_reducer(config, reducer or config.reducer, ratio if ratio is not None else config.ratio)
     return _build(VideoEncoder, config)
 
 
-def _with_reducer(config: EncoderConfig, reducer: str, ratio: int | None) -> EncoderConfig:
-    """The same with another reducer and, unless None, another ratio."""
+def with_reducer(config: EncoderConfig, reducer: str, ratio: int | None) -> EncoderConfig:
+    """The same with another reducer and, unless None, another ratio. Raises ValueError when it does not admit that."""
     window = config.window
     if ratio is not None and reducer not in TOKEN_REDUCERS:
         if reducer == "none" and ratio != 1:
@@ -333,7 +350,12 @@ def _finish(
     files: list[Path],
     prompt: PromptConfig | None,
     notice: str,
+    long_video: LongVideoConfig = LongVideoConfig(),  # noqa: B008 - frozen
 ) -> Artifact:
+    query_encoder = None
+    if (folder / "query_encoder").is_dir():
+        query_encoder, query_files = load_query_encoder(folder / "query_encoder", encoder)
+        files = [*files, *query_files]
     adapter = folder / "adapter"
     if adapter.is_dir():
         files = [*files, *merge_adapter(decoder, adapter)]
@@ -343,7 +365,17 @@ def _finish(
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
-    return Artifact(folder.resolve().name, digest.hexdigest(), encoder.eval(), decoder.eval(), text, prompt, notice)
+    return Artifact(
+        folder.resolve().name,
+        digest.hexdigest(),
+        encoder.eval(),
+        decoder.eval(),
+        text,
+        prompt,
+        notice,
+        long_video,
+        query_encoder,
+    )
 
 
 def _files_of(checkpoint: Checkpoint) -> list[Path]:

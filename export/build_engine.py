@@ -6,13 +6,10 @@ python export/build_engine.py ARTIFACT --target cpu [--precision int8 --calib VI
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,9 +23,6 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..calib.drift_report import summary, write_report
@@ -51,18 +45,25 @@ from ..engines.package import (
     Profile,
     TensorSpec,
 )
-from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Target
-from ..runtime.cli import guard, interrupted
+from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Dialect, Target
+from ..runtime.cli import guard
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
 from .gate_accuracy import gate_accuracy
+from .models.encoder import VideoEncoder
 from .models.reducers import REDUCERS
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
-from .trace import WeightsFile, trace_decoder, trace_encoder
+from .progress import Progress
+from .progress import step as _step
+from .query_encoder import DIMENSION as QUERY_DIMENSION
+from .trace import WeightsFile, trace_decoder, trace_encoder, trace_merger
 from .verify import Verifier, sample_clips
 
 CHUNK = 512
+KEYFRAMES = 32
+MERGED_AT_ONCE = 32  # clips or frames
+QUERY_TOKENS = 512
 QUESTION = "What happens in this video?"  # in polygraphy's inputs
 GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
 MAX_CLIPS = 16
@@ -70,7 +71,6 @@ CPU = "CPUExecutionProvider"
 BODIES = package.Operators(way="bodies", milliseconds={}, library=None)  # ahead of time
 STAND_IN = "{name}.{dialect}.stand-in.onnx"
 VERSIONS = ("liteframe", "torch", "onnx", "onnxscript", "onnxruntime")
-Progress = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def build(
@@ -91,6 +91,8 @@ def build(
     questions: Path | None = None,
     plugins: operators.Choice = "auto",
     plugin_library: Path | None = None,
+    long_video: int | None = None,
+    keyframes: int | None = None,
 ) -> package.Package:
     """Builds an engine package, or, for a target whose compiler runs on the device only, a bundle; on that device the
     bundle is finished at once.
@@ -105,6 +107,8 @@ def build(
         max_workspace: bytes; see `compile_tensorrt.compile_graph`.
         questions: a folder of questions about videos, which what is built must answer as well; see `gate_accuracy`.
         plugins, plugin_library: see `operators.compile_either_way`; ahead of time operators are function bodies.
+        long_video: the most frames of a video that is thinned out; see runtime/long_video.py. None: none can be.
+        keyframes: how many of its clips, or frames, keep their visual tokens; by default KEYFRAMES.
 
     Raises:
         InputError: bad artifact or arguments.
@@ -125,7 +129,7 @@ def build(
     with package.new_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as scratch:
         with _step("load the artifact"):
             artifact = load_artifact(artifact_path, reducer, ratio)
-        model = describe_model(artifact, frames, tiles, target)
+        model = describe_model(artifact, frames, tiles, target, long_video, keyframes)
         with _step("run the torch modules"):
             verifier = Verifier(artifact.encoder, artifact.decoder)
         lowering = None
@@ -134,6 +138,8 @@ def build(
                 artifact, asked, target, list(calib), calib_cache, calib_method, allow_drift, Path(scratch), _step
             )
         graphs = _make_graphs(artifact, model, target, verifier, lowering, folder / "graphs", Path(scratch))
+        if long_video is not None:
+            graphs += _make_long_video_graphs(artifact, target, verifier, folder / "graphs")
         engines = _make_engines(graphs, target, verifier, lowering, folder, max_workspace)
         drift = _report_drift(lowering, folder) if lowering is not None else []
         table, accuracy = embedding_table(artifact, asked["decoder"]), None
@@ -151,6 +157,8 @@ def build(
         with _step("write embeddings, tokenizer, polygraphy's commands and manifest"):
             clips = sample_clips(artifact.encoder)[1:] if lowering is None else lowering.clips[:1]
             prompt = table[artifact.text.tokenizer.encode(QUESTION).ids][None].astype(np.float32)
+            parts: list[Graph | Engine] = [*graphs, *engines]
+            commanded = [part for part in parts if part.name in GRAPHS]
             manifest = Manifest(
                 format=1,
                 target=target.name,
@@ -160,10 +168,10 @@ def build(
                     versions={name: version(name) for name in VERSIONS},
                 ),
                 model=model,
-                text=_write_text(artifact, table, folder),
+                text=_write_text(artifact, model, table, folder),
                 graphs=graphs,
                 engines=engines,
-                commands=write_commands(folder, target, [*graphs, *engines], clips, prompt),
+                commands=write_commands(folder, target, commanded, clips, prompt),
                 drift=drift,
                 allowed_drift=lowering.allowed if lowering is not None else [],
                 accuracy=accuracy,
@@ -217,41 +225,37 @@ def _check_arguments(
         raise InputError("--calib and --calib-cache are for fp16 and int8; add --precision int8, or leave them out")
 
 
-@contextmanager
-def _step(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar while it lasts; a line with its time and the process's peak memory when done."""
-    start = time.perf_counter()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Progress, transient=True, disable=not Progress.is_terminal) as bar:
-        task = bar.add_task(f"{what} ...", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    Progress.print(f"{time.perf_counter() - start:7.1f} s  {peak:5.2f} GB  {what}", highlight=False)
-
-
-def describe_model(artifact: Artifact, frames: int, tiles: int, target: Target) -> package.Model:
+def describe_model(
+    artifact: Artifact,
+    frames: int,
+    tiles: int,
+    target: Target,
+    long_frames: int | None = None,
+    keyframes: int | None = None,
+) -> package.Model:
     encoder, decoder = artifact.encoder, artifact.decoder.config
     clip = encoder.config.clip_length
-    if frames < clip or frames % clip:
-        raise InputError(f"--frames {frames}: expected a multiple of {clip}, the frames of a clip")
+    for option, value in (("--frames", frames), ("--long-video", long_frames)):
+        if value is not None and (value < clip or value % clip):
+            raise InputError(f"{option} {value}: expected a multiple of {clip}, the frames of a clip")
     if tiles < 1:
         raise InputError(f"--tiles {tiles}: expected 1 or more")
+    if keyframes is not None and long_frames is None:
+        raise InputError(f"--keyframes {keyframes} is for long videos; add --long-video FRAMES, or leave it out")
     clips, views = frames // clip, package.views_of(tiles)
     positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip)
+    long_video = None
+    if long_frames is not None:
+        long_video = _describe_long_video(artifact, long_frames, KEYFRAMES if keyframes is None else keyframes)
+        positions = max(positions, _long_video_positions(encoder, long_video))
     capacity = -(-positions // 256) * 256
     if capacity > decoder.max_position_embeddings:
         tiled = f" --tiles {tiles}" if tiles > 1 else ""
+        long = "" if long_frames is None else f" --long-video {long_frames}"
         raise InputError(
-            f"--frames {frames}{tiled} needs a KV cache of {capacity} positions, the language model was trained for "
-            f"{decoder.max_position_embeddings}; build with fewer frames{tiled and ' or tiles'} or a stronger --ratio"
+            f"--frames {frames}{tiled}{long} needs a KV cache of {capacity} positions, the language model was trained "
+            f"for {decoder.max_position_embeddings}; build with fewer frames{tiled and ' or tiles'} or a stronger "
+            "--ratio"
         )
     return package.Model(
         image_size=encoder.config.vit.image_size,
@@ -269,6 +273,88 @@ def describe_model(artifact: Artifact, frames: int, tiles: int, target: Target) 
         # a CPU gains nothing from batches of clips, and holds one clip's activations instead of many
         max_clips=1 if target.name == "cpu" else min(clips * views, MAX_CLIPS),
         chunk=CHUNK,
+        long_video=long_video,
+    )
+
+
+def _describe_long_video(artifact: Artifact, frames: int, keyframes: int) -> package.LongVideo:
+    encoder, config = artifact.encoder, artifact.long_video
+    if encoder.config.merge_connector and artifact.query_encoder is None:
+        raise InputError(
+            f"--long-video {frames}: the artifact merges features {encoder.merger.config.feature_size} wide, which "
+            "only a query encoder's vectors can be compared with, and has none; put model.onnx and tokenizer.json into "
+            "its folder query_encoder/"
+        )
+    return package.LongVideo(
+        max_frames=frames,
+        keyframes=keyframes,
+        similar=config.similar,
+        redundancy_weight=config.redundancy_weight,
+        temperature=config.temperature,
+    )
+
+
+def _long_video_positions(encoder: VideoEncoder, settings: package.LongVideo) -> int:
+    """Of keyframes with all their tokens, and runs of merged ones between them, each with its text, and of a question;
+    where the encoder keeps frames apart, of `vilamp`, which takes more positions than `hybrid`."""
+    candidates, tokens, units = settings.max_frames // encoder.config.clip_length, encoder.tokens_per_clip, 1
+    if encoder.units_per_clip == encoder.config.clip_length:
+        candidates, tokens = settings.max_frames, tokens // encoder.units_per_clip
+    else:
+        units = encoder.units_per_clip
+    if not 1 <= settings.keyframes <= candidates:
+        raise InputError(
+            f"--keyframes {settings.keyframes}: a video of --long-video {settings.max_frames} frames has {candidates} "
+            "to choose from; expected from 1 to as many"
+        )
+    merged = candidates - settings.keyframes
+    spans = settings.keyframes * units + min(merged, settings.keyframes + 1)
+    visual = settings.keyframes * tokens + merged
+    return visual + spans * package.UNIT_TEXT_POSITIONS + package.QUESTION_POSITIONS
+
+
+def _make_long_video_graphs(artifact: Artifact, target: Target, verifier: Verifier, folder: Path) -> list[Graph]:
+    """The merger, and the artifact's query encoder, in FP32 whatever the precision: both are small."""
+    made = []
+    for dialect in target.dialects:
+        path = folder / f"merger.{dialect}.onnx"
+        with _step(f"export and verify the merger graph, {dialect}"):
+            traced = trace_merger(artifact.encoder.merger, dialect)
+            ir.save(traced, path)
+            tokens = artifact.encoder.tokens_per_clip
+            ranges = {"clips": (1, MERGED_AT_ONCE, MERGED_AT_ONCE), "patches": (1, tokens, tokens)}
+            made.append(_small_graph("merger", dialect, traced, path, ranges, verifier.merger(path)))
+        if artifact.query_encoder is not None:
+            path = folder / f"query.{dialect}.onnx"
+            with _step(f"take the query encoder, {dialect}"):
+                query = artifact.query_encoder.graph
+                ir.save(query, path)
+                ranges = {QUERY_DIMENSION: (1, QUERY_TOKENS // 16, QUERY_TOKENS)}
+                made.append(_small_graph("query", dialect, query, path, ranges, {}))
+        if dialect == "plain":
+            for graph in made:
+                if graph.dialect == "plain":
+                    check_plain(folder.parent / graph.files[0].path)
+    return made
+
+
+def _small_graph(
+    name: package.Part,
+    dialect: Dialect,
+    model: ir.Model,
+    path: Path,
+    ranges: dict[str, tuple[int, int, int]],
+    parity: dict[str, float],
+) -> Graph:
+    return Graph(
+        name=name,
+        dialect=dialect,
+        opset=model.graph.opset_imports[""],
+        files=[package.describe_file(path.parent.parent, path)],
+        inputs=_tensor_specs(model.graph.inputs, ranges),
+        outputs=_tensor_specs(model.graph.outputs, ranges),
+        precision=Precision(asked="fp32", found=proof.types_found(path), kept=[]),
+        parity=parity,
     )
 
 
@@ -356,6 +442,11 @@ def _specs(values: Sequence[ir.Value], model: package.Model) -> list[TensorSpec]
         "past": (0, model.capacity // 2, model.capacity - 1),
         "capacity": (1, model.capacity, model.capacity),
     }
+    return _tensor_specs(values, ranges)
+
+
+def _tensor_specs(values: Sequence[ir.Value], ranges: dict[str, tuple[int, int, int]]) -> list[TensorSpec]:
+    """`ranges`: smallest, most common and largest size of each dimension that varies."""
     specs = []
     for value in values:
         assert value.shape is not None and value.dtype is not None
@@ -408,7 +499,11 @@ def _make_engines(
             proof.check(graph.name, graph.precision, proven)
         if target.name == "cpu":
             with _step(f"verify the compiled {graph.name}"):
-                if lowering is not None:
+                if graph.name == "query":
+                    parity = {}
+                elif graph.name == "merger":
+                    parity = verifier.merger(files[0])
+                elif lowering is not None:
                     parity = lowering.check(graph.name, files[0])
                 else:
                     parity = verifier.encoder(files[0]) if graph.name == "encoder" else verifier.decoder(files[0])
@@ -448,7 +543,7 @@ def _without_profiles(specs: list[TensorSpec]) -> list[TensorSpec]:
     return [msgspec.structs.replace(spec, profile=None) for spec in specs]
 
 
-def _write_text(artifact: Artifact, table: NDArray, folder: Path) -> package.Text:
+def _write_text(artifact: Artifact, model: package.Model, table: NDArray, folder: Path) -> package.Text:
     text, prompt = artifact.text, artifact.prompt
     np.save(folder / "embeddings.npy", table, allow_pickle=False)
     (folder / "tokenizer.json").write_text(text.tokenizer.to_str(), encoding="utf-8")
@@ -457,8 +552,13 @@ def _write_text(artifact: Artifact, table: NDArray, folder: Path) -> package.Tex
     def file(name: str) -> File:
         return package.describe_file(folder, folder / name)
 
+    query_tokenizer = None
+    if artifact.query_encoder is not None and model.long_video is not None:
+        (folder / "query_tokenizer.json").write_text(artifact.query_encoder.tokenizer.to_str(), encoding="utf-8")
+        query_tokenizer = file("query_tokenizer.json")
     return package.Text(
         tokenizer=file("tokenizer.json"),
+        query_tokenizer=query_tokenizer,
         chat_template=file("chat_template.jinja"),
         embeddings=file("embeddings.npy"),
         end_of_turn=text.end_of_turn,
@@ -535,6 +635,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--plugins", choices=operators.CHOICES, default="auto", help=PLUGINS_HELP)
     parser.add_argument("--plugin-library", type=Path, metavar="FILE", help=LIBRARY_HELP)
+    parser.add_argument(
+        "--long-video",
+        type=int,
+        metavar="FRAMES",
+        help="the most frames of a video that is thinned out (default: none)",
+    )
+    parser.add_argument(
+        "--keyframes", type=int, metavar="K", help=f"of a long video that keep all their tokens (default: {KEYFRAMES})"
+    )
     parser.add_argument("--output", type=Path, help="default: ARTIFACT-TARGET[-PRECISION] here")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
@@ -558,6 +667,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.gate_accuracy,
         options.plugins,
         options.plugin_library,
+        options.long_video,
+        options.keyframes,
     )
     print_report(made)
     if options.json:

@@ -49,31 +49,34 @@ def cache_names(layers: int) -> list[str]:
 
 def trace_encoder(encoder: VideoEncoder, dialect: Dialect) -> ir.Model:
     """The encoder graph; see the head of this file."""
-    height, width = encoder.config.vit.image_size
-    frames = torch.zeros((2, encoder.config.clip_length, height, width, 3), dtype=torch.uint8)
-    clips = torch.export.Dim("clips", min=1, max=MAX_CLIPS)
+    shape = (encoder.config.clip_length, *encoder.config.vit.image_size)
     if encoder.config.merge_connector:
-        outputs, encoder = ["visual_tokens", "features"], EncoderWithFeatures(encoder)
-    else:
-        outputs = ["visual_tokens"]
-    return _trace(encoder, (frames,), ({0: clips},), ["frames"], outputs, dialect)
+        return trace_frames(EncoderWithFeatures(encoder), shape, ["visual_tokens", "features"], dialect)
+    return trace_frames(encoder, shape, ["visual_tokens"], dialect)
+
+
+def trace_frames(module: nn.Module, shape: tuple[int, int, int], outputs: list[str], dialect: Dialect) -> ir.Model:
+    """The graph of any module that takes frames uint8 (clips, T, H, W, 3) of one `shape` (T, H, W)."""
+    frames = torch.zeros((2, *shape, 3), dtype=torch.uint8)
+    clips = torch.export.Dim("clips", min=1, max=MAX_CLIPS)
+    return _trace(module, (frames,), ({0: clips},), ["frames"], outputs, dialect)
 
 
 def trace_merger(merger: FeatureMerger, dialect: Dialect) -> ir.Model:
     """The merger graph; see the head of this file."""
-    patches, size = merger.config.patches, merger.config.feature_size
-    clips = torch.export.Dim("clips", min=1, max=MAX_CLIPS)
+    size = merger.config.feature_size
+    clips, patches = (torch.export.Dim(name, min=1, max=MAX_CLIPS) for name in ("clips", "patches"))
     shapes = {
-        "features": (2, patches, size),
+        "features": (2, 5, size),
         "query": (1, size),
-        "key_features": (1, patches, size),
+        "key_features": (1, 5, size),
         "redundancy_weight": (1,),
         "temperature": (1,),
     }
     return _trace(
         merger,
         tuple(torch.ones(shape) for shape in shapes.values()),
-        ({0: clips}, None, None, None, None),
+        ({0: clips, 1: patches}, None, {1: patches}, None, None),
         [*shapes],
         ["merged_tokens"],
         dialect,

@@ -28,6 +28,7 @@ SUMMARY = {
     "doctor": "what can be compiled and run on this machine",
     "drift": "where a candidate's layers drift from a reference's",
     "evaluate": "how many questions about videos are answered right",
+    "compare": "every way to make visual tokens fewer, beside the others",
 }
 
 
@@ -109,7 +110,7 @@ def _load(name: str) -> Callable[[list[str]], int]:
     try:
         command: Callable[[list[str]], int] = entry.load()
     except ModuleNotFoundError as error:
-        needed = "export" if name in ("build", "drift") else "cpu"
+        needed = "export" if name in ("build", "compare", "drift") else "cpu"
         raise InputError(f"{name} needs the module {error.name}; run: pip install 'liteframe[{needed}]'") from None
     return command
 
@@ -125,6 +126,13 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--tiles", type=int, default=1, help="cut each frame into so many tiles at most (default: 1)")
     parser.add_argument("--no-thumbnail", action="store_true", help="leave out the whole frame beside its tiles")
     parser.add_argument("--fps", type=float, help="rate of the images of a folder (default: 1)")
+    parser.add_argument(
+        "--long-video",
+        choices=("uniform", "vilamp", "hybrid"),
+        default="uniform",
+        help="keep all of every frame (default), or of the frames or clips that the question is about; see docs",
+    )
+    parser.add_argument("--query-image", type=Path, metavar="FILE", help="search the long video for this, instead")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -132,18 +140,28 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--json", action="store_true", help="make the last line of the output one JSON document")
     options = parser.parse_args(arguments)
-    if not options.video and (options.frames, options.fps, options.tiles) != (None, None, 1):
-        raise InputError("--frames, --fps and --tiles are for a video, and none was given; leave them out or name one")
+    thinned = options.long_video != "uniform"
+    asked = (options.frames, options.fps, options.tiles) != (None, None, 1)
+    if not options.video and (asked or thinned):
+        raise InputError(
+            "--frames, --fps, --tiles and --long-video are for a video, and none was given; leave them out or name one"
+        )
+    if options.query_image is not None and not thinned:
+        raise InputError("--query-image is for long videos; leave it out, or add --long-video hybrid")
     from rich.console import Console
     from rich.progress import Progress
 
     from .session import VideoSession
+    from .video import read_image
 
     session = VideoSession(options.package)
     if options.video:
+        query = read_image(options.query_image) if options.query_image else options.question if thinned else None
+        settings = session.model.long_video
+        most = settings.max_frames if thinned and settings is not None else session.model.max_frames
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(f"watching {options.video}", total=options.frames or session.model.max_frames)
+            task = bar.add_task(f"watching {options.video}", total=options.frames or most)
             session.watch(
                 options.video,
                 options.frames,
@@ -151,6 +169,8 @@ def run(arguments: list[str]) -> int:
                 lambda encoded: bar.update(task, completed=encoded),
                 options.tiles,
                 not options.no_thumbnail,
+                options.long_video,
+                query,
             )
         if notice := session.package.manifest.text.notice:
             print(f"note: {notice}", file=sys.stderr)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..engines.package import InputError, Model
 from .engine import Decoder
+from .long_video import LongVideo, Span
 from .text import ChatText, Sampler
 
 # of the cache's positions: what turns may bring along when the clips they were about leave the window, and what is left
@@ -38,7 +39,7 @@ class Turn:
 
 
 Clip = NDArray[np.float32]  # its visual tokens (tokens_per_clip, D); in several views (views, tokens_per_clip, D)
-Entry = Clip | Turn
+Entry = Clip | Span | Turn
 Finished = Literal["", "end", "length", "cache"]
 
 
@@ -106,7 +107,10 @@ class Cache:
     @property
     def visual_tokens(self) -> int:
         """Of the clips."""
-        return sum(entry.size // entry.shape[-1] for entry in self.entries if not isinstance(entry, Turn))
+        shown = [
+            entry.tokens if isinstance(entry, Span) else entry for entry in self.entries if not isinstance(entry, Turn)
+        ]
+        return sum(tokens.size // tokens.shape[-1] for tokens in shown)
 
     @property
     def waiting(self) -> int:
@@ -155,7 +159,11 @@ class Cache:
                 lead = self._lead or self._text.turn("", first, with_video=True)[0]
                 parts.append(self._text.embed([*place.pending, *lead]))
                 after = replace(after, lead=tuple(lead))
-            parts += self._units(entry, place.clips)
+            if isinstance(entry, Span):
+                parts += self._unit(entry.tokens, entry.first, entry.last)
+                after = replace(after, clips=entry.last // self._model.clip_length)
+            else:
+                parts += self._units(entry, place.clips)
         position = place.position + sum(map(len, parts))
         return parts, replace(after, entries=place.entries + 1, position=position)
 
@@ -164,8 +172,12 @@ class Cache:
         units = self._model.units_per_clip
         frames = self._model.clip_length // units
         for number, unit in enumerate(np.split(clip, units, axis=-2), start=clips_before * units):
-            prefix, suffix = self._text.unit(number * frames + 1, (number + 1) * frames)
-            yield from (self._text.embed(prefix), unit.reshape(-1, unit.shape[-1]), self._text.embed(suffix))
+            tokens = unit.reshape(-1, unit.shape[-1])
+            yield from self._unit(tokens, number * frames + 1, (number + 1) * frames)
+
+    def _unit(self, tokens: NDArray[np.float32], first: int, last: int) -> Iterator[NDArray[np.float32]]:
+        prefix, suffix = self._text.unit(first, last)
+        yield from (self._text.embed(prefix), tokens, self._text.embed(suffix))
 
     def _prefill_laid(self, at_least: int) -> None:
         chunk = self._model.chunk
@@ -278,6 +290,7 @@ class Conversation:
 
     Attributes:
         live: what is watched is a stream without an end, whose window moves.
+        long: takes the clips of the video that is being watched, where it is a long one.
         moves: how often the window's older half has left.
     """
 
@@ -290,6 +303,7 @@ class Conversation:
         self._window = model.max_frames // model.clip_length
         self._room = self._cache.capacity - min(RESERVE, int(self._cache.capacity * FREE))
         self.live = False
+        self.long: LongVideo | None = None
         self.moves = 0
 
     @property
@@ -299,7 +313,14 @@ class Conversation:
     @property
     def clips(self) -> int:
         """In the window."""
-        return self._cache.clips
+        return self.frames // self._model.clip_length
+
+    @property
+    def frames(self) -> int:
+        """In the window."""
+        length = self._model.clip_length
+        shown = [entry for entry in self._cache.entries if not isinstance(entry, Turn)]
+        return sum(entry.last - entry.first + 1 if isinstance(entry, Span) else length for entry in shown)
 
     @property
     def visual_tokens(self) -> int:
@@ -325,9 +346,12 @@ class Conversation:
     def _second(self) -> Cache | None:
         return self._other if self._has_second else None
 
-    def add(self, clip: Clip) -> None:
-        """Appends a clip to what was seen. Of a stream it is prefilled, of a video that is watched whole chunks are."""
-        if self.live:
+    def add(self, clip: Clip, features: NDArray[np.float32] | None = None) -> None:
+        """Appends a clip to what was seen. Of a stream it is prefilled, of a video that is watched whole chunks are; a
+        long one waits for its end. `features`: what is merged, where that is not the visual tokens."""
+        if self.long is not None:
+            self.long.add(clip, features)
+        elif self.live:
             self._arrived = [*self._arrived, clip][-self._window :]
             self.settle()
         else:
@@ -346,6 +370,21 @@ class Conversation:
                 self._second.entries.append(clip)
             self._cache.step()
         self._cache.fill()
+
+    def end_long(self) -> None:
+        """A long video has been read to its end; what is left of it is prefilled."""
+        assert self.long is not None
+        spans = list(self.long.spans())
+        self.give_up_long()
+        self._cache.reserve(sum(len(span.tokens) + UNIT_TEXT for span in spans) + TURN)
+        self._cache.entries += spans
+        self._cache.fill()
+
+    def give_up_long(self) -> None:
+        """Forgets the long video that is being watched, if one is."""
+        if self.long is not None:
+            self.long.close()
+            self.long = None
 
     def expect(self, clips: int, views: int) -> None:
         """Makes room for so many clips in so many views, of a video that is about to be watched."""

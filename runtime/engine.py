@@ -115,28 +115,33 @@ class Merger(Protocol):
         ...
 
 
+class QueryEncoder(Protocol):
+    def encode(self, ids: list[int]) -> NDArray[np.float32]:
+        """Token ids of a question -> its vector float32 (C,)."""
+        ...
+
+
 def check_merge(
     features: NDArray[np.float32],
     query: NDArray[np.float32],
     key_features: NDArray[np.float32] | None,
     redundancy_weight: float,
     temperature: float,
-    shape: Sequence[int],
+    width: int,
     most: int | None = None,
 ) -> None:
-    """Raises InputError when what is to be merged is not of `shape` (P, C), no clips, or more than `most`; else as
-    Merger says."""
-    patches, width = shape
-    if list(features.shape[1:]) != [patches, width] or not len(features):
+    """Raises InputError when what is to be merged is not `width` wide, no clips, or more than `most`; else as Merger
+    says."""
+    if features.ndim != 3 or features.shape[2] != width or 0 in features.shape:
         raise InputError(
-            f"the merger was given features of shape {features.shape}, expected (clips, {patches}, {width}) with at "
+            f"the merger was given features of shape {features.shape}, expected (clips, patches, {width}) with at "
             "least one clip"
         )
     if query.shape != (width,):
         raise InputError(f"the merger was given a query of shape {query.shape}, expected ({width},)")
-    if key_features is not None and key_features.shape != (patches, width):
+    if key_features is not None and key_features.shape != features.shape[1:]:
         raise InputError(
-            f"the merger was given a keyframe's features of shape {key_features.shape}, expected ({patches}, {width})"
+            f"the merger was given a keyframe's features of shape {key_features.shape}, expected {features.shape[1:]}"
         )
     if not 0 < temperature < math.inf or not math.isfinite(redundancy_weight):
         raise InputError(
@@ -210,3 +215,27 @@ def open_engines(
         OrtEncoder(package.path(encoder.files[0]), target.provider, threads, profiling),
         OrtDecoder(package.path(decoder.files[0]), target.provider, capacity, threads, profiling),
     )
+
+
+def open_merger(package: Package, threads: int | None = None) -> Merger:
+    """The engine that makes one token of a clip; see long_video.py. Raises as `open_engines` does."""
+    engine, target = package.engine("merger"), TARGETS[package.manifest.target]
+    if target.provider is None:
+        from .trt_engine import open_trt_merger
+
+        return open_trt_merger(package)
+    from .ort_engine import OrtMerger
+
+    return OrtMerger(package.path(engine.files[0]), target.provider, threads)
+
+
+def open_query_encoder(package: Package, threads: int | None = None) -> QueryEncoder:
+    """The artifact's own query encoder. Raises as `open_engines` does."""
+    engine, target = package.engine("query"), TARGETS[package.manifest.target]
+    if target.provider is None:
+        from .trt_engine import open_trt_query_encoder
+
+        return open_trt_query_encoder(package)
+    from .ort_engine import OrtQueryEncoder
+
+    return OrtQueryEncoder(package.path(engine.files[0]), target.provider, threads)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import DTypeLike, NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from ..engines.package import Engine, InputError, Package
 from .cuda import DeviceFrames
@@ -54,6 +55,21 @@ def node_times(session: ort.InferenceSession) -> list[tuple[str, float]]:
     ]
 
 
+def open_session(model: Path | bytes, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """A session in which integer products do not overflow. On an x86 processor without VNNI, ONNX Runtime adds pairs of
+    products of UINT8 and INT8 in 16 bits unless it is told not to; for two INT8, which do not overflow, it has no
+    kernel then.
+
+    Source: "session.x64quantprecision" in ONNX Runtime's onnxruntime_session_options_config_keys.h.
+    """
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return ort.InferenceSession(model, options, providers=[provider])
+    except NoKernel:
+        options.add_session_config_entry("session.x64quantprecision", "0")
+        return ort.InferenceSession(model, options, providers=[provider])
+
+
 def _session(path: Path, provider: str, threads: int | None, profiling: Path | None) -> ort.InferenceSession:
     if provider not in ort.get_available_providers():
         raise InputError(
@@ -70,7 +86,7 @@ def _session(path: Path, provider: str, threads: int | None, profiling: Path | N
         options.enable_profiling = True
         options.profile_file_prefix = str(profiling / path.stem)
     try:
-        session = ort.InferenceSession(path, options, providers=[provider])
+        session = open_session(path, options, provider)
     except Exception as error:  # the library's errors share no base class
         raise InputError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
     if provider not in session.get_providers():
@@ -133,8 +149,7 @@ class OrtEncoder:
 class OrtMerger:
     def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
         self._session = _session(path, provider, threads, None)
-        shape = {value.name: value.shape for value in self._session.get_inputs()}["features"][1:]
-        self._no_key = np.zeros(shape, np.float32)
+        self._width = self._session.get_inputs()[0].shape[2]
 
     def merge(
         self,
@@ -145,17 +160,27 @@ class OrtMerger:
         temperature: float,
     ) -> NDArray[np.float32]:
         """See `engine.Merger`."""
-        check_merge(features, query, key_features, redundancy_weight, temperature, self._no_key.shape)
-        key_features = self._no_key if key_features is None else key_features
+        check_merge(features, query, key_features, redundancy_weight, temperature, self._width)
+        key = np.zeros(features.shape[1:], np.float32) if key_features is None else key_features
         feed = {
             "features": features,
             "query": query[None],
-            "key_features": key_features[None],
+            "key_features": key[None],
             "redundancy_weight": [redundancy_weight],
             "temperature": [temperature],
         }
         (tokens,) = self._session.run(None, {name: np.asarray(value, np.float32) for name, value in feed.items()})
         return tokens
+
+
+class OrtQueryEncoder:
+    def __init__(self, path: Path, provider: str = "CPUExecutionProvider", threads: int | None = None):
+        self._session = _session(path, provider, threads, None)
+
+    def encode(self, ids: list[int]) -> NDArray[np.float32]:
+        """Token ids of a question -> its vector float32 (C,)."""
+        (query,) = self._session.run(["query"], {"input_ids": np.array([ids], np.int64)})
+        return np.asarray(query[0], np.float32)
 
 
 class OrtDecoder:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from queue import SimpleQueue
 from typing import Any, Generic, Literal, TypeVar
 
@@ -39,6 +39,7 @@ GONE_ON = (
     "this answer ended when the session was given another video or question; read it to its end first, or ask again"
 )
 
+Encoded = tuple[NDArray[np.float32], NDArray[np.float32] | None]  # a clip's visual tokens, and features if wanted
 Item = TypeVar("Item")
 
 
@@ -165,10 +166,12 @@ class Turns:
 @dataclass(eq=False)
 class Clip:
     """Frames uint8 (T, H, W, 3), RGB, on the host or a GPU; `given` of them were pushed, the rest repeat the last. Or,
-    on the host, frames in several views (views, T, H, W, 3); see tiles.py."""
+    on the host, frames in several views (views, T, H, W, 3); see tiles.py. `features`: the encoder's second output is
+    wanted, too, of frames on the host in one view."""
 
     frames: NDArray[np.uint8] | DeviceFrames
     given: int
+    features: bool = False
 
     @property
     def views(self) -> list[NDArray[np.uint8] | DeviceFrames]:
@@ -267,7 +270,7 @@ class Pipeline:
         self._turns: AbstractContextManager[Any] = Turns() if turns else nullcontext()
         self._trace = trace
         self._clips: Queue[Clip] = Queue(2 * max_clips, weigh=lambda clip: len(clip.views))
-        self._tokens: Queue[NDArray[np.float32]] = Queue(TOKENS_WAITING)
+        self._tokens: Queue[Encoded] = Queue(TOKENS_WAITING)
         self._errors: deque[Exception] = deque()
         self._threads = [
             threading.Thread(target=_repeat, args=(step,), name=f"liteframe {name}", daemon=True)
@@ -381,14 +384,21 @@ class Pipeline:
                 taken.done.set_exception(closed)
         return taken is not None
 
-    def _encoded(self, clips: list[Clip]) -> Iterable[NDArray[np.float32]]:
+    def _encoded(self, clips: list[Clip]) -> Iterable[Encoded]:
         views = [view for clip in clips for view in clip.views]
         encoded: list[NDArray[np.float32]] = []
+        features: list[NDArray[np.float32]] = []
         try:
             for start in range(0, len(views), self._max_clips):
                 batch = views[start : start + self._max_clips]
                 with self._span("encoder", "vision_ms", clips=len(batch)):
-                    encoded.extend(self._encode_clips(batch))
+                    if clips[0].features:
+                        frames = np.stack([view for view in batch if isinstance(view, np.ndarray)])
+                        tokens, more = self._encoder.encode_with_features(frames)
+                        features.extend(more)
+                    else:
+                        tokens = self._encode_clips(batch)
+                    encoded.extend(tokens)
         except Exception as error:
             self._lose(clips)
             self._report("the encoder", f"{len(clips)} clips, which are left out", error)
@@ -396,7 +406,7 @@ class Pipeline:
         self.stats.clips_seen += len(clips)
         self.stats.waiting -= sum(clip.given for clip in clips)
         rest = iter(encoded)
-        return [_stacked([*islice(rest, len(clip.views))]) for clip in clips]
+        return zip_longest((_stacked([*islice(rest, len(clip.views))]) for clip in clips), features)
 
     def _encode_clips(self, clips: list[NDArray[np.uint8] | DeviceFrames]) -> NDArray[np.float32]:
         on_host = [clip for clip in clips if isinstance(clip, np.ndarray)]
@@ -416,10 +426,10 @@ class Pipeline:
             except BaseException as error:
                 taken.done.set_exception(error)
         elif taken is not None:
-            (tokens,) = taken
+            ((tokens, features),) = taken
             try:
                 with self._span("language model", "llm_ms"):
-                    self.conversation.add(tokens)
+                    self.conversation.add(tokens, features)
             except Exception as error:
                 self._report("the decoder", "a clip", error)
         elif not self._tokens.closed:

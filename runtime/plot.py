@@ -123,5 +123,27 @@ def bars(title: str, unit: str, values: dict[str, float], width: int = 900) -> P
     return picture
 
 
+def heat_map(
+    title: str, x_label: str, y_label: str, columns: list[str], rows: list[str], values: list[list[float]]
+) -> Picture:
+    """A square for each row and column, from white at 0 to dark at 1, with its value in percent."""
+    left, top, side = 70, 40, 64
+    picture = Picture(left + side * len(columns) + 30, top + side * len(rows) + 50, title)
+    picture.text(f"{title}; {y_label} down", 10, 20, INK)
+    for row, (name, line) in enumerate(zip(rows, values, strict=True)):
+        y = top + row * side
+        picture.text(name, left - 8, y + side / 2 + 4, anchor="end")
+        for column, value in enumerate(line):
+            x = left + column * side
+            shade = "".join(f"{round(255 + value * (dark - 255)):02x}" for dark in (3, 105, 161))
+            words = f"{100 * value:.0f} %"
+            picture.box(x, y, side - 2, side - 2, f"#{shade}", f"{columns[column]}, {name}: {words}")
+            picture.text(words, x + side / 2, y + side / 2 + 4, "#ffffff" if value > 0.5 else INK, "middle")
+    for column, name in enumerate(columns):
+        picture.text(name, left + (column + 0.5) * side, top + side * len(rows) + 16, anchor="middle")
+    picture.text(x_label, left + side * len(columns), top + side * len(rows) + 36, anchor="end")
+    return picture
+
+
 def _bgr(code: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(code[1:])[::-1])

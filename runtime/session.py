@@ -30,11 +30,13 @@ from .clips import read_clips, resize
 from .conversation import Conversation, Entry
 from .cuda import DeviceFrames, is_on_device
 from .engine import EngineError, open_engines
+from .long_video import LongVideo, Mode, check_long_frames, check_mode
 from .pipeline import Answer, Backpressure, Clip, Pipeline, Stats
+from .search import Searcher, has_features
 from .text import ChatText, Sampler
 from .tiles import Tiler, check_budget, check_tiles
 from .trace import Trace
-from .video import open_video
+from .video import VideoSource, open_video
 
 # seconds between frames, beyond which they are no dense clip (LiteFrame, Appendix A: 1 frame a second or more, and
 # cameras are not exact)
@@ -71,6 +73,8 @@ class VideoSession:
         self._text = ChatText.of(self.package)
         self._when_full = when_full
         encoder, decoder = self.engines = open_engines(self.package, threads)
+        self._threads = threads
+        self._searcher: Searcher | None = None  # until a long video is watched
         conversation = Conversation(decoder, self._text, self.model)
         self._takes_turns = self.package.manifest.target == "cpu"
         self._pipeline = Pipeline(encoder, conversation, self.model.max_clips, self._takes_turns, trace)
@@ -97,50 +101,86 @@ class VideoSession:
 
     def watch(
         self,
-        source: str | Path | int | NDArray[np.uint8],
+        source: str | Path | int | NDArray[np.uint8] | VideoSource,
         frames: int | None = None,
         fps: float | None = None,
         progress: Callable[[int], object] = lambda encoded: None,
         tiles: int = 1,
         thumbnail: bool = True,
+        long_video: Mode = "uniform",
+        query: str | NDArray[np.uint8] | None = None,
     ) -> None:
         """Reads a video into the language model's cache. It replaces what was seen and said before; on an error that
         stays.
 
         Args:
-            source: a video file, a folder of images, a camera's number, or frames uint8 (frames, H, W, 3), RGB.
+            source: a video file, a folder of images, a camera's number, frames uint8 (frames, H, W, 3), RGB, or another
+                source of frames.
             frames: how many to sample, in whole clips; by default what the package was built for.
             fps: rate of the images of a folder or array; by default 1.
             progress: called with the number of frames encoded so far.
             tiles: into how many of the encoder's size a frame is cut at most, after the aspect ratio of the first; see
                 tiles.py.
             thumbnail: whether the encoder is given the whole frame, too, where there are several tiles.
+            long_video: "uniform" keeps all visual tokens of every frame; "vilamp" and "hybrid" keep them of the frames,
+                or clips, that have most to do with `query`, and one of every other: see long_video.py. Not in tiles.
+            query: what decides that: a question, or a picture uint8 (H, W, 3), RGB.
 
         Raises:
-            InputError: nothing can be read from the source, or `frames` and `tiles` are not what the package can take.
+            InputError: nothing can be read from the source, `frames` and `tiles` are not what the package can take, it
+                was not built for long videos, or the query is missing, or is for one that is not.
             EngineError: an engine failed.
         """
-        wanted = self.model.max_frames if frames is None else frames
-        self.check_frames(wanted)
+        wanted = self._wanted(frames, tiles, long_video, query)
         check_tiles(self.model, tiles, thumbnail)
         tiler = Tiler(self.model.image_size, tiles, thumbnail) if tiles > 1 else None
         self._pipeline.raise_error()
         with open_video(source, fps) as video, self._pushing:
+            if long_video != "uniform":
+                there = wanted if video.frame_count is None else min(wanted, video.frame_count)
+                check_long_frames(long_video, wanted, there, self.model)
             if self._takes_turns and video.frame_count is not None and video.frame_count <= DENSE * wanted:
                 video.decode_alone()
             before = self._begin_anew()
             clip = self.model.clip_length
             expected = wanted if video.frame_count is None else min(wanted, video.frame_count)
             try:
+                if query is not None:
+                    self._begin_long(long_video, query)
                 clips = read_clips(video, wanted, clip, self.model.image_size, tiler)
                 clips = self._pipeline.read(clips, in_turn=video.frame_count is not None)
-                self._read(self._expected(clips, -(-expected // clip), tiler, thumbnail), progress)
+                if query is None:
+                    clips = self._expected(clips, -(-expected // clip), tiler, thumbnail)
+                self._read(clips, progress)
             except BaseException:
                 self._pipeline.discard()
+                self._pipeline.submit(self._pipeline.conversation.give_up_long)
                 with suppress(InputError):  # closed
                     self._pipeline.submit(lambda: self._begin(*before)).result()
                 self._live = before[1]
                 raise
+
+    def _wanted(self, frames: int | None, tiles: int, long_video: Mode, query: str | NDArray[np.uint8] | None) -> int:
+        """How many frames to sample. Raises InputError when what is asked of `watch` does not go together."""
+        check_mode(long_video, self.model)
+        if long_video == "uniform" or self.model.long_video is None:
+            wanted = self.model.max_frames if frames is None else frames
+            self.check_frames(wanted)
+            if query is not None:
+                raise InputError('a query is for long videos; leave it out, or take long_video="hybrid"')
+            return wanted
+        if query is None:
+            raise InputError("a long video is searched for something; give the question, or a picture, as query")
+        if tiles > 1:
+            raise InputError(f"a long video in {tiles} tiles: frames of long videos stay whole; take 1 tile")
+        return self.model.long_video.max_frames if frames is None else frames
+
+    def _begin_long(self, mode: Mode, query: str | NDArray[np.uint8]) -> None:
+        if self._searcher is None:
+            self._searcher = Searcher(self.package, self._text, self.engines[0], self._threads)
+        conversation = self._pipeline.conversation
+        searcher = self._searcher
+        conversation.long = LongVideo(mode, searcher.query(query), self.model, searcher.merger, searcher.trained)
 
     def reset(self) -> None:
         """Forgets what was seen and said; a video or a stream may begin."""
@@ -177,6 +217,8 @@ class VideoSession:
             yield clip
 
     def _read(self, clips: Iterator[ReadClip], progress: Callable[[int], object]) -> None:
+        conversation = self._pipeline.conversation
+        with_features = conversation.long is not None and has_features(self.package)
         told = 0
 
         def tell() -> None:
@@ -187,14 +229,16 @@ class VideoSession:
                 progress(told * self.model.clip_length)
 
         for clip in clips:
-            self._pipeline.put(Clip(clip.frames, given=0))
+            self._pipeline.put(Clip(clip.frames, given=0, features=with_features))
             tell()
-        read = self._pipeline.submit(self._pipeline.conversation.settle)
+        read = self._pipeline.submit(conversation.end_long if conversation.long else conversation.settle)
         while not wait([read], timeout=0.05).done:
             tell()
         tell()
         try:
             read.result()
+        except InputError:
+            raise
         except Exception as error:
             raise EngineError(f"the decoder failed on the video: {error}") from error
 
@@ -309,7 +353,8 @@ class VideoSession:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected 1 or more")
         sampler = Sampler(temperature, top_p, seed)
         self._pipeline.raise_error()
-        if self._filled and self._pipeline.stats.waiting == self._filled and not self._pipeline.conversation.clips:
+        stats = self._pipeline.stats
+        if self._filled and stats.waiting == self._filled and not stats.clips_seen:
             raise InputError(
                 f"only {self._filled} of the {self.model.clip_length} frames of a clip were pushed; push the rest, "
                 "or flush() to ask about these"
@@ -333,12 +378,11 @@ class VideoSession:
 
     def stats(self) -> Stats:
         """A copy of the figures as they are now."""
-        conversation, model = self._pipeline.conversation, self.model
-        clips = conversation.clips
+        conversation = self._pipeline.conversation
         return replace(
             self._pipeline.stats,
-            frames=clips * model.clip_length,
-            clips=clips,
+            frames=conversation.frames,
+            clips=conversation.clips,
             visual_tokens=conversation.visual_tokens,
             moves=conversation.moves,
         )

@@ -91,6 +91,10 @@ class ChatText:
         """Token ids -> float32 (len(ids), D)."""
         return np.asarray(self._embeddings[np.asarray(ids, np.int64)], np.float32)
 
+    def embed_words(self, text: str) -> NDArray[np.float32]:
+        """Text as it is, without a template -> float32 (tokens, D)."""
+        return self.embed(self._encode(text))
+
     def turn(self, question: str, first: bool = True, with_video: bool = False) -> tuple[list[int], list[int]]:
         """Ids of a user's turn with this question, before and after the place of the video, which stands at the turn's
         beginning; all are after it if there is no video.

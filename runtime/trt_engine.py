@@ -156,17 +156,33 @@ def open_trt(package: Package, profiling: bool = False, cuda: Cuda | None = None
         cuda: the device, unless it is the current one.
     """
     encoder, decoder = package.engine("encoder"), package.engine("decoder")
+    cuda = cuda or _device(package)
+    return (
+        TrtEncoder(encoder, load(package, encoder, cuda), cuda, profiling),
+        TrtDecoder(decoder, load(package, decoder, cuda), cuda, package.manifest.model.capacity, profiling),
+    )
+
+
+def open_trt_merger(package: Package, cuda: Cuda | None = None) -> TrtMerger:
+    """See `engine.open_merger`."""
+    engine, cuda = package.engine("merger"), cuda or _device(package)
+    return TrtMerger(engine, load(package, engine, cuda), cuda)
+
+
+def open_trt_query_encoder(package: Package, cuda: Cuda | None = None) -> TrtQueryEncoder:
+    """See `engine.open_query_encoder`."""
+    engine, cuda = package.engine("query"), cuda or _device(package)
+    return TrtQueryEncoder(engine, load(package, engine, cuda), cuda)
+
+
+def _device(package: Package) -> Cuda:
     try:
-        cuda = cuda or Cuda()
+        return Cuda()
     except InputError as error:
         raise InputError(
             f"{package.folder}: holds TensorRT engines for {package.manifest.target}; {error}; for this machine's CPU, "
             "build with --target cpu"
         ) from None
-    return (
-        TrtEncoder(encoder, load(package, encoder, cuda), cuda, profiling),
-        TrtDecoder(decoder, load(package, decoder, cuda), cuda, package.manifest.model.capacity, profiling),
-    )
 
 
 class _Execution:
@@ -291,12 +307,13 @@ class TrtEncoder:
 
 
 class TrtMerger:
-    """See `engine.Merger`; no more clips at once than the engine's profile has."""
+    """See `engine.Merger`; no more clips and patches at once than the engine's profile has."""
 
     def __init__(self, engine: Engine, loaded: Loaded, cuda: Cuda, profiling: bool = False):
         tensors = plan(engine, 0)
         self._run = _Execution("merger", loaded, tensors, cuda, cuda.stream(), profiling)
-        self._inputs = {spec.name: cuda.pinned(tensors[spec.name].shape, np.float32) for spec in engine.inputs}
+        self._most, self._patches, self._width = tensors["features"].shape
+        self._pinned = {spec.name: cuda.pinned(tensors[spec.name].shape, np.float32) for spec in engine.inputs}
         self._tokens = cuda.pinned(tensors["merged_tokens"].shape, np.float32)
 
     def merge(
@@ -308,24 +325,59 @@ class TrtMerger:
         temperature: float,
     ) -> NDArray[np.float32]:
         """See `engine.Merger`."""
-        most, *shape = self._inputs["features"].shape
-        check_merge(features, query, key_features, redundancy_weight, temperature, shape, most)
-        clips, run = len(features), self._run
-        self._inputs["features"][:clips] = features
-        self._inputs["query"][0] = query
-        self._inputs["key_features"][0] = 0 if key_features is None else key_features
-        self._inputs["redundancy_weight"][0] = redundancy_weight
-        self._inputs["temperature"][0] = temperature
-        run.set_shape("features", (clips, *shape))
+        check_merge(features, query, key_features, redundancy_weight, temperature, self._width, self._most)
+        clips, patches, _ = features.shape
+        if patches > self._patches:
+            raise InputError(f"the merger was given {patches} patches a clip, its engine takes {self._patches}")
+        staged = {
+            name: pinned.reshape(-1)[: math.prod(shape)].reshape(shape)
+            for (name, pinned), shape in zip(
+                self._pinned.items(),
+                (features.shape, (1, self._width), (1, *features.shape[1:]), (1,), (1,)),
+                strict=True,
+            )
+        }
+        staged["features"][:] = features
+        staged["query"][0] = query
+        staged["key_features"][0] = 0 if key_features is None else key_features
+        staged["redundancy_weight"][0], staged["temperature"][0] = redundancy_weight, temperature
+        for name in ("features", "key_features"):
+            self._run.set_shape(name, staged[name].shape)
 
         def work() -> None:
-            for name, staged in self._inputs.items():
-                run.stream.to_device(run.memory[name], staged[:clips] if name == "features" else staged)
-            run.execute()
-            run.stream.to_host(self._tokens[:clips], run.memory["merged_tokens"])
+            for name, array in staged.items():
+                self._run.stream.to_device(self._run.memory[name], array)
+            self._run.execute()
+            self._run.stream.to_host(self._tokens[:clips], self._run.memory["merged_tokens"])
 
-        run.run(work, "batch" if clips == most else None)
+        self._run.run(work, patches if clips == self._most else None)
         return self._tokens[:clips].copy()
+
+
+class TrtQueryEncoder:
+    """See `engine.QueryEncoder`; no more tokens than the engine's profile has."""
+
+    def __init__(self, engine: Engine, loaded: Loaded, cuda: Cuda):
+        tensors = plan(engine, 0)
+        self._run = _Execution("query encoder", loaded, tensors, cuda, cuda.stream(), False)
+        self._ids = cuda.pinned(tensors["input_ids"].shape, np.int64)
+        self._query = cuda.pinned(tensors["query"].shape, tensors["query"].dtype)
+
+    def encode(self, ids: list[int]) -> NDArray[np.float32]:
+        """See `engine.QueryEncoder`."""
+        most = self._ids.shape[1]
+        if not 0 < len(ids) <= most:
+            raise InputError(f"a question of {len(ids)} tokens; the query encoder's engine takes 1 to {most}")
+        self._ids[0, : len(ids)] = ids
+        self._run.set_shape("input_ids", (1, len(ids)))
+
+        def work() -> None:
+            self._run.stream.to_device(self._run.memory["input_ids"], self._ids[:, : len(ids)])
+            self._run.execute()
+            self._run.stream.to_host(self._query, self._run.memory["query"])
+
+        self._run.run(work, None)
+        return self._query[0].astype(np.float32)
 
 
 class TrtDecoder:

@@ -79,7 +79,9 @@ class VideoSource(ABC):
         self.close()
 
 
-def open_video(source: str | os.PathLike[str] | int | NDArray[np.uint8], fps: float | None = None) -> VideoSource:
+def open_video(
+    source: str | os.PathLike[str] | int | NDArray[np.uint8] | VideoSource, fps: float | None = None
+) -> VideoSource:
     """Opens a video, to be read from its first frame on.
 
     source: one of
@@ -87,7 +89,8 @@ def open_video(source: str | os.PathLike[str] | int | NDArray[np.uint8], fps: fl
         path of a folder of images: PNG, JPEG, BMP, WebP and TIFF in natural order (frame2 before frame10), other files
             and hidden ones ignored; grey images become RGB and transparency is dropped;
         int N or "camera:N": the N-th camera of this machine;
-        array: uint8 (frames, H, W, 3), RGB.
+        array: uint8 (frames, H, W, 3), RGB;
+        a VideoSource, which is returned as it is.
     fps: how many images of a folder or an array were taken a second; None means 1.0. Files and cameras know better.
 
     A file whose header has no frame count, or no believable frame rate, is read through once to measure both.
@@ -97,6 +100,9 @@ def open_video(source: str | os.PathLike[str] | int | NDArray[np.uint8], fps: fl
     """
     if fps is not None and not 0 < fps < math.inf:
         raise InputError(f"fps is {fps}; a positive number of frames a second was expected.")
+    if isinstance(source, VideoSource):
+        _refuse_fps(source.name, fps)
+        return source
     if isinstance(source, np.ndarray):
         return FrameArray(source, fps or 1.0)
     if isinstance(source, int):
@@ -164,7 +170,7 @@ class ImageFolder(VideoSource):
 
     def frames(self) -> Iterator[Frame]:
         for index, path in enumerate(self._paths):
-            yield index / self.fps, partial(_read_image, path)
+            yield index / self.fps, partial(read_image, path)
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
@@ -173,7 +179,10 @@ def _natural(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if position % 2 else part for position, part in enumerate(parts)], path.name
 
 
-def _read_image(path: Path) -> Image:
+def read_image(path: Path) -> Image:
+    """One picture, uint8 (H, W, 3), RGB. Raises InputError when there is none that can be decoded."""
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; a picture was expected. Check the path.")
     try:
         image = cv2.imread(_opencv_name(path), cv2.IMREAD_COLOR)
     except cv2.error:  # raised, not returned, for sizes beyond OpenCV's limits

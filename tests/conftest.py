@@ -245,16 +245,23 @@ def tiny_manifest():
                 )
             )
         engines[1] = msgspec.structs.replace(engines[1], parity=None)
-        numbers = {name: i for i, name in enumerate(package.Model.__struct_fields__[1:], 1)}
+        numbers = {name: i for i, name in enumerate(package.Model.__struct_fields__[1:-1], 1)}
         return package.Manifest(
             format=1,
             target="a100",
             built_from=package.Origin(artifact="tiny", artifact_sha256="0" * 64, versions={"torch": "2.13.0"}),
-            model=package.Model(image_size=(56, 42), **numbers),
+            model=package.Model(
+                image_size=(56, 42),
+                long_video=package.LongVideo(
+                    max_frames=64, keyframes=4, similar=0.85, redundancy_weight=1.0, temperature=0.01
+                ),
+                **numbers,
+            ),
             text=package.Text(
                 tokenizer=file("tokenizer.json", b"{}"),
                 chat_template=file("chat_template.jinja", "café".encode()),
                 embeddings=file("embeddings.npy", bytes(64)),
+                query_tokenizer=file("query_tokenizer.json", b"{}"),
                 end_of_turn=[2],
                 special_tokens={"eos_token": "<|im_end|>"},
                 unit_prefix="Frames {first}-{last}: ",

@@ -39,6 +39,7 @@ def table_fields(text):
         package.Origin,
         package.Accuracy,
         package.Model,
+        package.LongVideo,
         package.Text,
         package.Graph,
         package.Engine,

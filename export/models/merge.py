@@ -65,7 +65,7 @@ class FeatureMerger(nn.Module):
         """
         weights = self.weights(features, query, key_features, redundancy_weight, temperature)
         merged = (weights[:, None] @ _at_least_single(features)).squeeze(1).to(features.dtype)
-        return merged if self.connector is None else self.connector.project(merged)
+        return merged if self.connector is None else self.connector(merged)
 
 
 def _at_least_single(x: Tensor) -> Tensor:

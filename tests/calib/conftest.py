@@ -82,6 +82,7 @@ def run():
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in values if name not in have)
         options = ort.SessionOptions()
         options.log_severity_level, options.graph_optimization_level = 4, level
+        options.add_session_config_entry("session.x64quantprecision", "1")
         session = ort.InferenceSession(proto.SerializeToString(), options)
         kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         fed = {i.name: feed[i.name].astype(kinds.get(i.type, feed[i.name].dtype)) for i in session.get_inputs()}

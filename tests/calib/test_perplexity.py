@@ -123,6 +123,7 @@ def with_quantised_head(model):
 def open_session(path):
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(path, options, providers=[CPU])
 
 

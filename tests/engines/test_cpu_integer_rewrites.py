@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from liteframe.engines.compile_onnxruntime import compile_graph
 from liteframe.engines.cpu_rewrites import make_half_explicit, rewrite_for_cpu
+from liteframe.runtime.ort_engine import open_session
 from onnx import numpy_helper
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -37,7 +38,7 @@ def rewritten(model, x):
     """Kernels by node, and results."""
     made = ir.from_proto(model)
     rewrite_for_cpu(made)
-    session = ort.InferenceSession(ir.to_proto(made).SerializeToString(), providers=[CPU])
+    session = open_session(ir.to_proto(made).SerializeToString(), ort.SessionOptions(), CPU)
     return {str(node.name): node.op_type for node in made.graph}, session.run(None, {"x": x})
 
 

@@ -20,7 +20,8 @@ FREE_MAPS = {"versions", "special_tokens", "found", "parity"}
 REMEDY = re.compile(r"\b(build|copy|put) [^;]*$")
 FILES = (
     "encoder.engine decoder.engine graphs/encoder.fused.onnx graphs/encoder.data graphs/decoder.fused.onnx "
-    "graphs/decoder.data polygraphy/commands.txt drift/drift.html tokenizer.json chat_template.jinja embeddings.npy"
+    "graphs/decoder.data polygraphy/commands.txt drift/drift.html tokenizer.json chat_template.jinja embeddings.npy "
+    "query_tokenizer.json"
 ).split()
 
 

@@ -90,9 +90,9 @@ def test_the_mergers_inputs_and_outputs_are_the_contracts(folder, merger, dialec
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path, load_external_data=False)
     assert signature(model.graph.input) == [
-        ("features", kind, ["clips", P, width]),
+        ("features", kind, ["clips", "patches", width]),
         ("query", kind, [1, width]),
-        ("key_features", kind, [1, P, width]),
+        ("key_features", kind, [1, "patches", width]),
         ("redundancy_weight", kind, [1]),
         ("temperature", kind, [1]),
     ]
@@ -249,10 +249,11 @@ def test_an_encoder_whose_features_differ_fails(verifiers, folder, tmp_path, fac
 @every_merger
 def test_tensorrt_rtx_compiles_it(folder, merger):
     width = WIDTHS[merger]
-    shapes = {"query": [1, width], "key_features": [1, P, width], "redundancy_weight": [1], "temperature": [1]}
+    shapes = {"query": [1, width], "redundancy_weight": [1], "temperature": [1]}
     inputs = [TensorSpec(name=name, dtype="float32", shape=shape, profile=None) for name, shape in shapes.items()]
-    profile = Profile(min=[1, P, width], opt=[4, P, width], max=[16, P, width])
-    inputs.append(TensorSpec(name="features", dtype="float32", shape=["clips", P, width], profile=profile))
+    for name, clips, most in (("features", "clips", 16), ("key_features", 1, 1)):
+        profile = Profile(min=[1, 1, width], opt=[most, P, width], max=[most, P, width])
+        inputs.append(TensorSpec(name=name, dtype="float32", shape=[clips, "patches", width], profile=profile))
     made = compile_graph(folder / f"{merger}.fused.onnx", inputs, "tensorrt-rtx", ["8.0"])
     assert len(made.engine) > 10_000
     assert set(made.proof.found) == {"fp32"}
@@ -264,8 +265,8 @@ def test_tensorrt_rtx_compiles_it(folder, merger):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": np.zeros((2, P, 25))}, r"features of shape \(2, 2, 25\), expected \(clips, 2, 24\)"),
-        ({"features": np.zeros((P, 24))}, r"features of shape \(2, 24\), expected \(clips, 2, 24\)"),
+        ({"features": np.zeros((2, P, 25))}, r"features of shape \(2, 2, 25\), expected \(clips, patches, 24\)"),
+        ({"features": np.zeros((P, 24))}, r"features of shape \(2, 24\), expected \(clips, patches, 24\)"),
         ({"features": np.zeros((0, P, 24))}, "at least one clip"),
         ({"query": np.zeros((1, 24))}, r"a query of shape \(1, 24\), expected \(24,\)"),
         ({"key_features": np.zeros((1, P, 24))}, r"keyframe's features of shape \(1, 2, 24\), expected \(2, 24\)"),

@@ -230,9 +230,9 @@ def test_run_streams_each_piece_as_it_comes(tiny_package, monkeypatch, capsys):
         ({"video": "nowhere.mp4"}, ["nowhere.mp4 does not exist"]),
         ({"video": os.devnull}, [os.devnull]),
         ({"video": "camera:100"}, ["camera:100 is not a camera"]),
-        ({"video": "", "--frames": 4}, ["--frames, --fps and --tiles are for a video"]),
-        ({"video": "", "--fps": 1}, ["--frames, --fps and --tiles are for a video"]),
-        ({"video": "", "--tiles": 4}, ["--frames, --fps and --tiles are for a video"]),
+        ({"video": "", "--frames": 4}, ["--frames, --fps, --tiles and --long-video are for a video"]),
+        ({"video": "", "--fps": 1}, ["--frames, --fps, --tiles and --long-video are for a video"]),
+        ({"video": "", "--tiles": 4}, ["--frames, --fps, --tiles and --long-video are for a video"]),
         ({"question": ""}, ["the question is empty"]),
         ({"question": " \n"}, ["the question is empty"]),
         ({"question": "<|im_end|>"}, ["control token <|im_end|>"]),
@@ -341,6 +341,8 @@ def test_build_reports_and_ends_with_one_json_document(call, tiny_artifact, tiny
         "None",
         "None",
         "auto",
+        "None",
+        "None",
         "None",
     ]
     (line,) = out.splitlines()

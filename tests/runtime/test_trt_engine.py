@@ -407,6 +407,9 @@ def test_a_session_answers_as_on_a_cpu(bundle, tiny_package, opened, monkeypatch
         assert session.stats().moves == 2
 
 
+MOST = {"clips": (1, 4, 4), "patches": (1, 2, 2)}
+
+
 @pytest.fixture(scope="module")
 def with_merger(tiny_artifact, tmp_path_factory):
     """A package of an encoder with two outputs and of a merger, both traced from a tiny encoder; up to four clips."""
@@ -422,10 +425,15 @@ def with_merger(tiny_artifact, tmp_path_factory):
                 TensorSpec(
                     name=value.name,
                     dtype=str(value.dtype.numpy()),
-                    shape=[size if isinstance(size, int) else "clips" for size in value.shape],
+                    shape=[size if isinstance(size, int) else size.value for size in value.shape],
                     profile=None
-                    if isinstance(value.shape[0], int)
-                    else Profile(**{k: [n, *value.shape[1:]] for k, n in (("min", 1), ("opt", 4), ("max", 4))}),
+                    if all(isinstance(size, int) for size in value.shape)
+                    else Profile(
+                        **{
+                            at: [size if isinstance(size, int) else MOST[size.value][place] for size in value.shape]
+                            for place, at in enumerate(("min", "opt", "max"))
+                        }
+                    ),
                 )
                 for value in values
             ]
@@ -472,6 +480,12 @@ def test_features_and_merged_tokens_are_those_of_onnx_runtime(with_merger, monke
         assert merged.flags.owndata and merged.dtype == np.float32
         key = None if count == 3 else features[0]
     assert cudart.launches == 3 * 3  # of four full batches of each kind, the first is not recorded
+    np.testing.assert_array_equal(
+        merger.merge(features[:, :1], query, None, 0.5, 0.1),
+        expected_merger.merge(features[:, :1], query, None, 0.5, 0.1),
+    )
+    with pytest.raises(InputError, match="3 patches a clip, its engine takes 2"):
+        merger.merge(np.zeros((1, 3, 48), np.float32), query, None, 1.0, 0.1)
     with pytest.raises(InputError, match="5 clips, its engine takes 4 at once"):
         merger.merge(np.zeros((5, 2, 48), np.float32), query, None, 1.0, 0.1)
     with pytest.raises(InputError, match=r"a query of shape \(3,\), expected \(48,\)"):

@@ -89,7 +89,7 @@ def test_without_a_norm_the_connector_is_the_references():
     connector.load_state_dict(state, strict=False)
     connector.norm = torch.nn.Identity()
     with torch.no_grad():
-        got = connector.project(torch.from_numpy(tokens[others])).numpy()
+        got = connector(torch.from_numpy(tokens[others])).numpy()
     np.testing.assert_allclose(got, connected, rtol=0, atol=1e-12)
 
 
@@ -170,7 +170,7 @@ def test_features_are_what_the_projectors_mlp_takes(backbone):
         tokens, features = encoder.with_features(frames)
         assert torch.equal(encoder(frames), tokens)
         assert features.shape == (3, encoder.tokens_per_clip, 4 * size)
-        torch.testing.assert_close(encoder.projector.project(features), tokens)
+        torch.testing.assert_close(encoder.projector(features), tokens)
         assert all(map(torch.equal, EncoderWithFeatures(encoder)(frames), (tokens, features)))
     assert encoder.merger.config == MergerConfig(encoder.tokens_per_clip, 4 * size, 20)
     assert isinstance(encoder.merger.connector, Projector)
