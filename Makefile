@@ -40,6 +40,7 @@ bench: $(READY)
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/calibration_memory.py
 	$(BIN)/python bench/accuracy.py
+	$(BIN)/liteframe compare
 
 # LiteFrame-B at 448 px with a decoder of Qwen2.5-0.5B's shape, random weights, built for the CPU and for SM80
 bench-build: $(READY)

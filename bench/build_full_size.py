@@ -19,26 +19,13 @@ from pathlib import Path
 
 import msgspec
 import torch
+from liteframe.export.contenders import QWEN
 from liteframe.export.layouts import decoder_config
 from liteframe.export.models.decoder import Decoder
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.liteframe import LiteFrameConfig
 from liteframe.export.self_test_bundles import write_tokenizer
 from safetensors.torch import save_file
-
-QWEN = {  # config.json of Qwen/Qwen2.5-0.5B-Instruct
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "intermediate_size": 4864,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-}
 
 
 def write_artifact(folder: Path) -> int:
