@@ -60,7 +60,7 @@ from .query_encoder import DIMENSION as QUERY_DIMENSION
 from .trace import WeightsFile, trace_decoder, trace_encoder, trace_merger
 from .verify import Verifier, sample_clips
 
-CHUNK = 512
+CHUNK, LONG_CHUNK = 512, 256  # attention over the cache of a long video takes memory for each of a chunk's positions
 KEYFRAMES = 32
 MERGED_AT_ONCE = 32  # clips or frames
 QUERY_TOKENS = 512
@@ -272,7 +272,7 @@ def describe_model(
         capacity=capacity,
         # a CPU gains nothing from batches of clips, and holds one clip's activations instead of many
         max_clips=1 if target.name == "cpu" else min(clips * views, MAX_CLIPS),
-        chunk=CHUNK,
+        chunk=CHUNK if long_video is None else LONG_CHUNK,
         long_video=long_video,
     )
 

@@ -10,7 +10,7 @@ from liteframe.training.samples import write_samples
 from liteframe_smollm2 import TRAINED, assemble
 from train_demo import FPS, FRAMES
 
-VIDEOS = 20
+VIDEOS = 12
 
 
 @pytest.mark.slow
