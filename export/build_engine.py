@@ -60,7 +60,8 @@ from .query_encoder import DIMENSION as QUERY_DIMENSION
 from .trace import WeightsFile, trace_decoder, trace_encoder, trace_merger
 from .verify import Verifier, sample_clips
 
-CHUNK, LONG_CHUNK = 512, 256  # attention over the cache of a long video takes memory for each of a chunk's positions
+CHUNK = 512
+CPU_LONG_CHUNK = 128  # ONNX Runtime's CPU attention takes memory for each position of a chunk with each of the cache
 KEYFRAMES = 32
 MERGED_AT_ONCE = 32  # clips or frames
 QUERY_TOKENS = 512
@@ -272,7 +273,7 @@ def describe_model(
         capacity=capacity,
         # a CPU gains nothing from batches of clips, and holds one clip's activations instead of many
         max_clips=1 if target.name == "cpu" else min(clips * views, MAX_CLIPS),
-        chunk=CHUNK if long_video is None else LONG_CHUNK,
+        chunk=CPU_LONG_CHUNK if target.name == "cpu" and long_video is not None else CHUNK,
         long_video=long_video,
     )
 

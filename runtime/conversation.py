@@ -139,6 +139,7 @@ class Cache:
         """Prefills everything that waits, in whole chunks; and the rest, if it has `at_least` so many positions."""
         while self._place.entries < len(self.entries):
             self._lay_next()
+            self._prefill_laid(self._model.chunk)  # or a long video would be laid out in memory as a whole
         self._prefill_laid(at_least)
 
     def _lay_next(self) -> None:

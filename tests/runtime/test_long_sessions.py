@@ -1,6 +1,7 @@
 """Sessions with long videos, against modules and equations put together by hand."""
 
 import json
+import tracemalloc
 
 import cv2
 import msgspec
@@ -11,7 +12,9 @@ from liteframe.engines.package import InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
 from liteframe.runtime import VideoSession, cli
-from liteframe.runtime.long_video import Query
+from liteframe.runtime.conversation import Cache
+from liteframe.runtime.long_video import Query, Span
+from liteframe.runtime.text import ChatText
 from test_long_video import merged
 from test_session import Reference, edited
 
@@ -137,6 +140,37 @@ def test_a_picture_finds_the_clip_it_was_taken_from(session, video):
         session.watch(footage, long_video="hybrid", query=video[4 * clip])
         shown = [(entry.first, entry.last) for entry in session._pipeline.conversation.entries]
         assert {(4 * clip + 1, 4 * clip + 2), (4 * clip + 3, 4 * clip + 4)} <= set(shown)
+
+
+class Sink:
+    """A decoder that keeps how many positions it was given at once, and nothing else."""
+
+    position, capacity = 0, 1 << 20
+
+    def __init__(self):
+        self.sizes = []
+
+    def rewind(self, position):
+        self.position = position
+
+    def forward(self, embeddings):
+        self.position += len(embeddings)
+        self.sizes.append(len(embeddings))
+
+
+def test_a_long_video_is_laid_out_a_chunk_at_a_time(package):
+    model, text = package.manifest.model, ChatText.of(package)
+    tokens = np.zeros((50, model.hidden_size), np.float32)
+    spans = [Span(tokens, first, first + 3) for first in range(1, 2000, 4)]
+    sink = Sink()
+    cache = Cache(sink, text, model, spans)
+    tracemalloc.start()
+    cache.fill()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(sink.sizes[:-1]) == {model.chunk}
+    assert sink.position == cache.position > 25_000
+    assert peak < sink.position * tokens[0].nbytes / 4
 
 
 def test_the_next_question_is_about_the_same_video(session, reference, video):
