@@ -32,12 +32,8 @@ SUMMARY = {
 }
 
 
-interrupted = threading.Event()  # by Ctrl-C: torch's exporter may swallow the exception that it raises
-
-
-def _interrupt(*_: object) -> None:
-    interrupted.set()
-    raise KeyboardInterrupt
+interrupted = threading.Event()  # by a signal: torch's exporter may swallow the exception that it raises
+SIGNALS = signal.SIGINT, signal.SIGTERM  # Ctrl-C, and how a service or a container is stopped
 
 
 def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -45,8 +41,15 @@ def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     warnings.showwarning = lambda message, *_: print(f"liteframe: warning: {message}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal can't show
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        interrupted.set()
+        raise KeyboardInterrupt
+
     interrupted.clear()
-    before = signal.signal(signal.SIGINT, _interrupt)
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     try:
         code = command(arguments)
         print(end="", flush=True)  # what can't be written comes up here, not when the interpreter exits
@@ -65,13 +68,14 @@ def guard(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         what = f"{error.filename or 'the output'}: {error.strerror or error}"
         return _fail(f"{what}; check that it is there, permitted and not on a full disk, and run again", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", 128 + (came or SIGNALS)[0])
     except Exception as error:
         if _led_to(KeyboardInterrupt, error):  # torch's exporter wraps it
-            return _fail("interrupted", 130)
+            return _fail("interrupted", 128 + (came or SIGNALS)[0])
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         interrupted.clear()
         try:
             print(end="", flush=True)

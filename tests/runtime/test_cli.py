@@ -478,8 +478,8 @@ def test_an_answer_that_the_terminal_can_not_show_is_printed_all_the_same(tiny_p
     assert out == "".join(c if c.isascii() else "?" for c in answer) + "\n"
 
 
-def interrupt_after(line, arguments):
-    """Sends Ctrl-C once a line on stderr holds these words."""
+def interrupt_after(line, arguments, number):
+    """Sends a signal once a line on stderr holds these words."""
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -488,16 +488,17 @@ def interrupt_after(line, arguments):
         for written in process.stderr:
             if line in written:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return process.returncode, out, err
 
 
-def test_ctrl_c_while_building_leaves_nothing(tiny_artifact, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_build_that_is_interrupted_leaves_nothing(tiny_artifact, tmp_path, number, code):
     arguments = ["build", tiny_artifact, "--target", "cpu", "--output", tmp_path / "package"]
-    assert interrupt_after("run the torch modules", arguments) == (130, "", "liteframe: interrupted\n")
+    assert interrupt_after("run the torch modules", arguments, number) == (code, "", "liteframe: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
