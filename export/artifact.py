@@ -121,15 +121,30 @@ class TextFiles:
 
 @dataclass
 class Artifact:
+    """
+    Attributes:
+        own_prompt: None where the artifact has none; see `prompt`.
+    """
+
     name: str
     sha256: str
     encoder: VideoEncoder
     decoder: Decoder
     text: TextFiles
-    prompt: PromptConfig
+    own_prompt: PromptConfig | None
     notice: str
     long_video: LongVideoConfig
     query_encoder: QueryEncoder | None
+
+    @property
+    def prompt(self) -> PromptConfig:
+        return self.own_prompt or internvl_prompt(self.encoder.units_per_clip == self.encoder.config.clip_length)
+
+
+def internvl_prompt(frames_apart: bool) -> PromptConfig:
+    """InternVL's text around visual tokens, with a range where a unit covers several frames."""
+    frames = "Frame{first}" if frames_apart else "Frames {first}-{last}"
+    return PromptConfig(unit_prefix=f"{frames}: <img>", unit_suffix="</img>\n")
 
 
 def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = None) -> Artifact:
@@ -359,9 +374,6 @@ def _finish(
     adapter = folder / "adapter"
     if adapter.is_dir():
         files = [*files, *merge_adapter(decoder, adapter)]
-    if prompt is None:  # InternVL's, with a range where a unit covers several frames
-        frames = "Frame{first}" if encoder.units_per_clip == encoder.config.clip_length else "Frames {first}-{last}"
-        prompt = PromptConfig(unit_prefix=f"{frames}: <img>", unit_suffix="</img>\n")
     digest = hashlib.sha256()
     for path in sorted(set(files)):
         digest.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
