@@ -241,7 +241,7 @@ def with_reducer(config: EncoderConfig, reducer: str, ratio: int | None) -> Enco
             raise ValueError(
                 f"ratio {ratio}: reducer none keeps every token, 1; expected another --reducer or no --ratio"
             )
-        window, ratio = window_of(ratio, (config.clip_length, *config.vit.grid)), None
+        window, ratio = window_of(ratio, (config.clip_length, *config.vit.grid), config.shuffle), None
     return msgspec.structs.replace(config, reducer=reducer, window=window, ratio=ratio)
 
 

@@ -42,22 +42,19 @@ from ..runtime.ort_engine import OrtDecoder, OrtEncoder
 from .artifact import load_artifact
 from .build_engine import CHUNK, describe_model
 from .compare_report import print_report, write_report
-from .contenders import Contender, Field, Kind, Size, artifact_field, random_field
+from .contenders import TABLE_2, Contender, Field, Kind, Size, artifact_field, random_field
 from .models.encoder import VideoEncoder
-from .models.reducers import GRID_REDUCERS
 from .peers import PAPER
 from .progress import step
 from .torch_engine import chat_text
 from .trace import WeightsFile, trace_decoder, trace_frames
 from .verify import sample_clips
 
-Pairing = Literal["place", "match"]
 CPU = "CPUExecutionProvider"
 FRAMES, RATIO = 32, 16
 CLIPS = 4  # that cosines are of
 SPELL = 0.3  # seconds
 ROUNDS = {"small": 5, "full": 3, "artifact": 5}
-TABLE_2 = ("none", "ViT-B-12L", "TempAttn", "SpatioTempAttn", "TempConv", "DWTempConv")  # whose order is compared
 VERSIONS = ("liteframe", "onnxruntime", "torch")
 
 
@@ -68,10 +65,11 @@ class Row:
     Attributes:
         tokens: visual tokens of all frames.
         positions: of the prompt: the tokens, with the text around them.
-        clip_ms: the vision encoder on one clip, median; `vision_ms` is that for all clips.
-        llm_ms: prefill of the prompt, median.
+        clip_ms: the vision encoder on one clip, median of the rounds; `vision_ms` is that for all clips.
+        clip_ms_rounds: in each round, median.
+        llm_ms: prefill of the prompt, median of the rounds.
         frames_at_equal_ms: the most whose total is no more than the reference's.
-        cosine: of its tokens to WAP's, mean; `cosine_by` says how they were paired.
+        cosine: of WAP's tokens to the nearest of its own, mean.
         paper: the paper's milliseconds of the vision encoder on an A100, and of what.
         kinds: milliseconds of one clip by what they go into, under ONNX Runtime's profiler; of Table 2's encoders that
             are not in its order here.
@@ -85,12 +83,12 @@ class Row:
     tokens_per_frame: float | None
     positions: int | None
     clip_ms: float | None
+    clip_ms_rounds: list[float] | None
     vision_ms: float | None
     llm_ms: float | None
     total_ms: float | None
     frames_at_equal_ms: int | None
     cosine: float | None
-    cosine_by: Pairing | None
     accuracy: Accuracy | None
     paper: str
     kinds: dict[str, float] | None
@@ -101,7 +99,8 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
     """Measures every contender of a field.
 
     Raises:
-        InputError: frames are not in whole clips, or the folder holds no questions.
+        InputError: frames are not in whole clips, or their prompt is longer than the language model was trained for;
+            the folder holds no questions.
     """
     if frames < field.clip_length or frames % field.clip_length:
         raise InputError(f"--frames {frames}: expected a multiple of {field.clip_length}, the frames of a clip")
@@ -110,11 +109,17 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
     clips = frames // field.clip_length
     lengths = {one.name: positions(field, one, clips) for one in field.contenders if one.make is not None}
     fit = {name: length for name, length in lengths.items() if length <= field.max_positions}
+    if field.reference not in fit:
+        raise InputError(
+            f"--frames {frames}: their prompt takes {lengths[field.reference]} positions with {field.reference}, the "
+            f"language model was trained for {field.max_positions}; expected fewer frames"
+        )
     with step("cosines to WAP's tokens"):
         cosines = cosines_to_wap(field, None if questions is None else first_clips(field, questions))
     with tempfile.TemporaryDirectory() as folder:
         engines, decoder = make_engines(field, Path(folder))
-        clip_ms, prefill_ms = measure(field, engines, decoder, sorted(set(fit.values())), rounds)
+        in_rounds, prefill_ms = measure(field, engines, decoder, sorted(set(fit.values())), rounds)
+        clip_ms = {name: statistics.median(times) for name, times in in_rounds.items()}
         llm = prefill_model(prefill_ms)
         kinds = {name: profile(field, engines[name], Path(folder)) for name in out_of_order(clip_ms)}
         answered = {} if questions is None else ask(field, engines, decoder, questions, frames)
@@ -127,7 +132,6 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
         note = one.note
         if measured and one.name not in fit:
             note = f"{lengths[one.name]} positions, the language model was trained for {field.max_positions}"
-        cosine, by = cosines.get(one.name, (None, None))
         rows.append(
             Row(
                 name=one.name,
@@ -138,12 +142,12 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
                 tokens_per_frame=one.tokens_per_clip / field.clip_length if measured else None,
                 positions=lengths.get(one.name),
                 clip_ms=clip_ms.get(one.name),
+                clip_ms_rounds=in_rounds.get(one.name),
                 vision_ms=vision,
                 llm_ms=prefill,
                 total_ms=None if vision is None or prefill is None else vision + prefill,
                 frames_at_equal_ms=most_frames(field, one, clip_ms[one.name], llm, budget) if measured else None,
-                cosine=cosine,
-                cosine_by=by,
+                cosine=cosines.get(one.name),
                 accuracy=answered.get(one.name),
                 paper=one.paper,
                 kinds=kinds.get(one.name),
@@ -155,7 +159,8 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
 
 def positions(field: Field, contender: Contender, clips: int) -> int:
     """Of the language model's cache that the prompt takes."""
-    return clips * (contender.tokens_per_clip + contender.units_per_clip * field.prompt.unit) + field.prompt.once
+    prompt = field.prompt(contender.units_per_clip)
+    return clips * (contender.tokens_per_clip + contender.units_per_clip * prompt.unit) + prompt.once
 
 
 def most_frames(
@@ -226,8 +231,8 @@ def _compile(trace: Callable[[], ir.Model], weights: WeightsFile, engine: Path) 
 
 def measure(
     field: Field, engines: dict[str, Path], decoder: Path, lengths: list[int], rounds: int
-) -> tuple[dict[str, float], dict[int, float]]:
-    """Median milliseconds of one clip through each encoder, and of prefilling prompts of so many positions.
+) -> tuple[dict[str, list[float]], dict[int, float]]:
+    """Milliseconds of one clip through each encoder in each round, and of prefilling prompts of so many positions.
 
     Every round gives each its turn, every other round backwards. In its turn an engine is opened, run once to warm up,
     and then until SPELL seconds are over, so that one is in memory at a time.
@@ -241,31 +246,29 @@ def measure(
         way = 1 if turn % 2 == 0 else -1
         with step(f"measure, round {turn + 1} of {rounds}") as progress:
             for done, name in enumerate([*engines][::way], start=1):
-                vision[name] += _timed(partial(OrtEncoder(engines[name]).encode, clip))
+                vision[name].append(_timed(partial(OrtEncoder(engines[name]).encode, clip)))
                 progress(done, turns)
             prefiller = OrtDecoder(decoder, capacity=max(lengths))
             for done, length in enumerate(lengths[::way], start=len(engines) + 1):
                 embeddings = random.standard_normal((length, field.hidden_size), np.float32)
                 twin = prefiller.twin()
                 twin.reserve(length)
-                llm[length] += _timed(partial(_prefill, twin, embeddings), partial(_prefill, twin, embeddings[:CHUNK]))
+                warm_up = partial(_prefill, twin, embeddings[:CHUNK])
+                llm[length].append(_timed(partial(_prefill, twin, embeddings), warm_up))
                 progress(done, turns)
             del prefiller, twin
-    return (
-        {name: statistics.median(times) for name, times in vision.items()},
-        {length: statistics.median(times) for length, times in llm.items()},
-    )
+    return vision, {length: statistics.median(times) for length, times in llm.items()}
 
 
-def _timed(run: Callable[[], object], warm_up: Callable[[], object] | None = None) -> list[float]:
-    """Milliseconds of each run, after one to warm up."""
+def _timed(run: Callable[[], object], warm_up: Callable[[], object] | None = None) -> float:
+    """Milliseconds of a run: the median of as many as SPELL has room for, after one to warm up."""
     (warm_up or run)()
     times: list[float] = []
     while sum(times) < SPELL * 1e3:
         start = time.perf_counter()
         run()
         times.append((time.perf_counter() - start) * 1e3)
-    return times
+    return statistics.median(times)
 
 
 def _prefill(decoder: OrtDecoder, embeddings: NDArray[np.float32]) -> None:
@@ -274,10 +277,10 @@ def _prefill(decoder: OrtDecoder, embeddings: NDArray[np.float32]) -> None:
         decoder.forward(embeddings[start : start + CHUNK])
 
 
-def order(clip_ms: dict[str, float]) -> tuple[list[str], list[str]]:
-    """Table 2's encoders, slowest first: here, and in the paper."""
-    measured = [name for name in TABLE_2 if name in clip_ms]
-    return sorted(measured, key=lambda name: -clip_ms[name]), measured
+def order(clip_ms: dict[str, float]) -> tuple[list[str], dict[str, float]]:
+    """Table 2's encoders, slowest first: here, and in the paper, with its milliseconds."""
+    paper = {name: milliseconds for name, milliseconds in TABLE_2.items() if name in clip_ms}
+    return sorted(paper, key=lambda name: -clip_ms[name]), paper
 
 
 def out_of_order(clip_ms: dict[str, float]) -> list[str]:
@@ -315,11 +318,10 @@ class _Remembered(nn.Module):
 
 
 @torch.inference_mode()
-def cosines_to_wap(field: Field, clips: NDArray[np.uint8] | None = None) -> dict[str, tuple[float, Pairing]]:
+def cosines_to_wap(field: Field, clips: NDArray[np.uint8] | None = None) -> dict[str, float]:
     """How near each reducer's tokens are to WAP's, of the same tower and clips, before the projector's MLP.
 
-    The tokens of a clip are compared behind the pixel shuffle. A method that leaves WAP's grid has each compared with
-    the one at its place; of any other, each of WAP's is compared with the nearest of the clip. The mean over WAP's.
+    The tokens of a clip are compared behind the pixel shuffle, each of WAP's with the nearest; the mean over WAP's.
 
     Args:
         clips: uint8 (clips, T, H, W, 3); by default `sample_clips`.
@@ -339,7 +341,7 @@ def cosines_to_wap(field: Field, clips: NDArray[np.uint8] | None = None) -> dict
         encoder.backbone = remembered
         compressed = encoder.compressed(torch.empty(frames.shape, dtype=torch.uint8, device="meta"))
         tokens[name] = compressed.reshape(len(frames), -1, compressed.shape[-1])
-    return {name: to_wap(found, tokens["wap"], name in GRID_REDUCERS) for name, found in tokens.items()}
+    return {name: to_wap(found, tokens["wap"]) for name, found in tokens.items()}
 
 
 def first_clips(field: Field, questions: Path) -> NDArray[np.uint8]:
@@ -350,13 +352,10 @@ def first_clips(field: Field, questions: Path) -> NDArray[np.uint8]:
     )
 
 
-def to_wap(found: Tensor, wap: Tensor, on_grid: bool) -> tuple[float, Pairing]:
-    """Mean cosine of tokens (clips, N, C) to WAP's (clips, M, C), and how they were paired: "place" where the method is
-    on a grid, and it is WAP's; else "match"."""
+def to_wap(found: Tensor, wap: Tensor) -> float:
+    """Mean cosine of WAP's tokens (clips, M, C), each to the nearest of a clip's (clips, N, C)."""
     found, wap = (x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12) for x in (found.double(), wap.double()))
-    if on_grid and found.shape == wap.shape:
-        return float((found * wap).sum(-1).mean()), "place"
-    return float((wap @ found.transpose(1, 2)).amax(-1).mean()), "match"
+    return float((wap @ found.transpose(1, 2)).amax(-1).mean())
 
 
 def ask(
@@ -365,7 +364,6 @@ def ask(
     """Accuracy of every contender with the artifact's weights, as far as the language model has positions for it."""
     artifact = field.artifact
     assert artifact is not None
-    text = chat_text(artifact)
     videos = read_videos(questions, frames, field.clip_length, field.image_size)
     answered: dict[str, Accuracy | None] = {}
     for one in field.contenders:
@@ -374,12 +372,13 @@ def ask(
         with step(f"answer {questions} with {one.name}"):
             encoder = one.make()
             assert isinstance(encoder, VideoEncoder)
+            beside = replace(artifact, encoder=encoder)
             try:
-                model = describe_model(replace(artifact, encoder=encoder), frames, 1, TARGETS["cpu"])
+                model = describe_model(beside, frames, 1, TARGETS["cpu"])
             except InputError:  # more than the language model was trained for
                 continue
             engine = OrtDecoder(decoder, capacity=model.capacity)
-            respondent = Respondent(OrtEncoder(engines[one.name]), engine, text, model)
+            respondent = Respondent(OrtEncoder(engines[one.name]), engine, chat_text(beside), model)
             answered[one.name] = accuracies(ask_all(respondent, videos))["all"]
     return answered
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ COLUMNS = (
     "tokens / frame",
     "tokens",
     "vision ms",
+    "± %",
     "LLM ms",
     "total ms",
     "frames at equal ms",
@@ -33,12 +35,13 @@ Document = dict[str, Any]
 
 def header(document: Document) -> list[str]:
     """What was measured, and what was multiplied."""
-    machine, versions = document["machine"], document["versions"]
+    machine, versions, ratio = document["machine"], document["versions"], document["ratio"]
+    reduced = "" if ratio is None else f", of which reducers make 1 token of {ratio}"
     return [
-        f"{document['title']}; {document['frames']} frames, {document['ratio']} tokens become one; batch 1, FP32, "
+        f"{document['title']}; {document['frames']} frames{reduced}; batch 1, FP32, "
         f"ONNX Runtime {versions['onnxruntime']} on {machine['cores']} cores of {machine['processor']}",
-        f"vision ms: one clip, median of {document['rounds']} rounds in turns, times the clips; LLM ms: the prefill "
-        "of the whole prompt, measured",
+        f"vision ms: one clip, median of {document['rounds']} rounds in turns, times the clips; ±: half of the "
+        "way from the fastest round to the slowest; LLM ms: the prefill of the whole prompt, measured",
         f"frames at equal ms: the most whose total is no more than {document['reference']}'s for "
         f"{document['frames']} frames, by lines through the prefills that were measured",
     ]
@@ -46,18 +49,19 @@ def header(document: Document) -> list[str]:
 
 def footnotes(document: Document) -> list[str]:
     lines = []
-    paired = {row["cosine_by"] for row in document["rows"]}
-    if "place" in paired:
-        lines.append("cosine to WAP: token by token; ~: of each of WAP's tokens to the nearest of the method's")
-    random = [row["name"] for row in document["rows"] if row["weights"] == "random"]
+    if any(row["cosine"] is not None for row in document["rows"]):
+        lines.append("cosine to WAP: of each of WAP's tokens to the nearest of the method's; more tokens are nearer")
+    random = [row for row in document["rows"] if row["weights"] == "random" and row["clip_ms"] is not None]
     if random:
-        whose = "all" if len(random) == len(document["rows"]) else ", ".join(random)
-        lines.append(f"random weights: {whose}; cosines of them say how a method pools, not how good it is")
+        whose = "all" if len(random) == len(document["rows"]) else ", ".join(row["name"] for row in random)
+        pools = any(row["cosine"] is not None for row in random)
+        cosines = "; cosines say how a method pools, not how good it is" if pools else ""
+        lines.append(f"random weights: {whose}{cosines}")
     lines += [f"{row['name']}: {row['note']}" for row in document["rows"] if row["note"]]
     here, paper = document["order"]["here"], document["order"]["paper"]
     if len(here) > 1:
-        same = "as in the paper's Table 2" if here == paper else f"the paper's Table 2 has {' > '.join(paper)}"
-        lines.append(f"vision ms, slowest first: {' > '.join(here)}; {same}")
+        same = "as in " if here == [*paper] else f"{' > '.join(f'{name} {ms:g}' for name, ms in paper.items())} in "
+        lines.append(f"vision ms, slowest first: {' > '.join(here)}; {same}the paper's Table 2")
     for row in document["rows"]:
         if row["kinds"] is not None:
             kinds = ", ".join(f"{kind} {ms:.1f}" for kind, ms in sorted(row["kinds"].items(), key=lambda k: -k[1]))
@@ -73,10 +77,11 @@ def cells(document: Document) -> list[list[str]]:
             _number(row["tokens_per_frame"], "g"),
             _number(row["tokens"], "d"),
             _number(row["vision_ms"]),
+            _spread(row["clip_ms_rounds"]),
             _number(row["llm_ms"]),
             _number(row["total_ms"]),
             _number(row["frames_at_equal_ms"], "d"),
-            ("~" if row["cosine_by"] == "match" else "") + _number(row["cosine"], ".3f"),
+            _number(row["cosine"], ".3f"),
             _number(row["accuracy"] and row["accuracy"]["percent"]),
             row["paper"],
         ]
@@ -100,6 +105,12 @@ def paper_cells(document: Document) -> list[list[str]]:
         ]
         for row in document["paper"]
     ]
+
+
+def _spread(rounds: list[float] | None) -> str:
+    if rounds is None or len(rounds) < 2:
+        return ""
+    return _number(50 * (max(rounds) - min(rounds)) / statistics.median(rounds), ".0f")
 
 
 def _number(value: float | None, form: str = ".1f") -> str:

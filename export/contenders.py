@@ -4,8 +4,8 @@ encoder; with an artifact's weights, or with seeded random ones at two sizes."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal, TypeVar
 
 import msgspec
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engines.package import InputError
-from .artifact import Artifact, with_reducer
+from .artifact import Artifact, internvl_prompt, with_reducer
 from .layouts import decoder_config
 from .models.decoder import Decoder
 from .models.encoder import EncoderConfig, VideoEncoder
@@ -29,6 +29,14 @@ Size = Literal["small", "full"]
 _Module = TypeVar("_Module", bound=nn.Module)
 QUESTION = "What happens in this video?"
 TEACHER, STUDENT = "ViT-L-24L", "DWTempConv"  # of VARIANTS
+TABLE_2 = {  # milliseconds on an A100, slowest first; the teacher is the uncompressed tower
+    "none" if name == TEACHER else name: paper.a100_ms
+    for name, paper in sorted(
+        ((name, variant.paper) for name, variant in VARIANTS.items() if variant.paper is not None),
+        key=lambda item: -item[1].a100_ms,
+    )
+    if paper.table == "Table 2"
+}
 QWEN = {  # config.json of Qwen/Qwen2.5-0.5B-Instruct
     "model_type": "qwen2",
     "hidden_size": 896,
@@ -92,7 +100,9 @@ class Field:
     Attributes:
         title: what is compared, in a line.
         reference: the contender whose total the others have at equal latency.
+        ratio: of the reducers; None without any.
         hidden_size, max_positions: of the language model.
+        prompt: by how many units a clip has.
         teacher: makes the frame-wise tower with `none` behind it; None where there is none.
     """
 
@@ -101,11 +111,11 @@ class Field:
     reference: str
     image_size: tuple[int, int]
     clip_length: int
-    ratio: int
+    ratio: int | None
     decoder: Callable[[], Decoder]
     hidden_size: int
-    prompt: Prompt
     max_positions: int
+    prompt: Callable[[int], Prompt]
     teacher: Callable[[], VideoEncoder] | None
     artifact: Artifact | None
 
@@ -141,8 +151,8 @@ def random_field(size: Size, ratio: int) -> Field:
         ratio=ratio,
         decoder=lambda: _random(Decoder, language_model),
         hidden_size=language_model.hidden_size,
-        prompt=RANDOM_PROMPT,
         max_positions=language_model.max_position_embeddings,
+        prompt=lambda units: RANDOM_PROMPT,
         teacher=partial(make, with_reducer(teacher, "none", 1)),
         artifact=None,
     )
@@ -176,7 +186,6 @@ def artifact_field(artifact: Artifact, ratio: int | None, frames: int) -> Field:
     else:
         contenders = [_contender("LiteFrame", "encoder", config, make, "artifact")]
     reference = "wap" if tower else "LiteFrame"
-    (units,) = (one.units_per_clip for one in contenders if one.name == reference)
     contenders.append(_fastvlm("full", config))
     return Field(
         title=artifact.name,
@@ -184,11 +193,11 @@ def artifact_field(artifact: Artifact, ratio: int | None, frames: int) -> Field:
         reference=reference,
         image_size=config.vit.image_size,
         clip_length=config.clip_length,
-        ratio=(ratio or 16) if tower else 1,
+        ratio=(ratio or 16) if tower else None,
         decoder=lambda: artifact.decoder,
         hidden_size=artifact.decoder.config.hidden_size,
-        prompt=_prompt(artifact, units, frames),
         max_positions=artifact.decoder.config.max_position_embeddings,
+        prompt=cache(partial(_prompt, artifact, frames)),
         teacher=partial(make, with_reducer(config, "none", 1)) if tower else None,
         artifact=artifact,
     )
@@ -269,12 +278,16 @@ def _small(backbone: ViTConfig | LiteFrameConfig) -> ViTConfig | LiteFrameConfig
 
 def _paper_ms(name: str) -> str:
     paper = VARIANTS[name].paper
-    return "" if paper is None else f"{paper.a100_ms:g} ({FRAMES} frames, {paper.table})"
+    if paper is None:
+        return ""
+    run = "" if paper.table == "Table 2" else ", where LiteFrame takes 204"  # that table is another run
+    return f"{paper.a100_ms:g} ({FRAMES} frames, {paper.table}{run})"
 
 
-def _prompt(artifact: Artifact, units: int, frames: int) -> Prompt:
-    """As the artifact's template and tokenizer lay it out around the last unit."""
-    text = chat_text(artifact)
-    unit = text.unit(frames - artifact.encoder.config.clip_length // units + 1, frames)
+def _prompt(artifact: Artifact, frames: int, units: int) -> Prompt:
+    """As the artifact's template and tokenizer lay it out around the last unit, of which a clip has so many."""
+    clip_length = artifact.encoder.config.clip_length
+    text = chat_text(replace(artifact, own_prompt=artifact.own_prompt or internvl_prompt(units == clip_length)))
+    unit = text.unit(frames - clip_length // units + 1, frames)
     once = text.turn(QUESTION, with_video=True)
     return Prompt(sum(map(len, unit)), sum(map(len, once)))

@@ -88,24 +88,30 @@ def refuse_rest(tokens: int, ratio: int, of: str) -> None:
         raise ValueError(f"ratio {ratio} does not divide the {tokens} tokens of a {of}; expected a divisor of {tokens}")
 
 
-def window_of(ratio: int, size: tuple[int, int, int]) -> tuple[int, int, int]:
+def window_of(ratio: int, size: tuple[int, int, int], shuffle: int = 1) -> tuple[int, int, int]:
     """The window (t, s, s) that makes one token of `ratio`.
 
     One rule, of which the paper's 4 = (1, 2, 2), 8 = (2, 2, 2) and 16 = (4, 2, 2) are cases: the smallest square s x s
     from 2 x 2 on of which t = ratio / s^2 divides the clip's frames, and without one, no square but t = ratio frames.
 
+    Args:
+        shuffle: must divide the grid that windows leave.
+
     Raises:
         ValueError: there is no such window, or it does not divide the grid; names the ratios that the grid admits.
     """
     frames, rows, columns = size
+    sides = [s for s in range(1, min(rows, columns) + 1) if rows % (s * shuffle) == 0 and columns % (s * shuffle) == 0]
+    if not sides:
+        raise ValueError(f"pixel shuffle {shuffle} does not divide the grid {[rows, columns]}")
     window = _window(ratio, frames)
-    if window is None or rows % window[1] or columns % window[2]:
-        sides = [s for s in range(1, min(rows, columns) + 1) if rows % s == 0 and columns % s == 0]
+    if window is None or window[1] not in sides:
+        left = f" that leave squares for a pixel shuffle of {shuffle}" if shuffle > 1 else ""
         ratios = {t * s * s for t in range(1, frames + 1) if frames % t == 0 for s in sides}
         admitted = [n for n in sorted(ratios) if (_window(n, frames) or (1, 0, 0))[1] in sides]
         raise ValueError(
-            f"ratio {ratio} does not divide the clip's grid {list(size)} into windows of t frames and s x s tokens; "
-            f"expected one of {', '.join(map(str, admitted))}"
+            f"ratio {ratio} does not divide the clip's grid {list(size)} into windows of t frames and s x s "
+            f"tokens{left}; expected one of {', '.join(map(str, admitted))}"
         )
     return window
 

@@ -108,7 +108,8 @@ class FastVID(TokenReducer):
         anchors, rest = divmod(self.context * frames, holders)
         if rest:
             raise ValueError(
-                f"ratio {ratio} gives a clip {self.context * frames} anchors, which {holders} frames can't share evenly"
+                f"ratio {ratio} gives a clip {self.context * frames} anchors, which {holders} frames can't share "
+                "evenly; expected another ratio, or clips of another length"
             )
         others, needed = self.per_frame - self.salient, max(anchors, DENSITY_NEIGHBOURS)
         if anchors and needed > others:

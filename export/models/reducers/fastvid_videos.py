@@ -22,14 +22,15 @@ def similarities(frames: Tensor) -> Tensor:
 
 
 def segments(frames: Tensor, fewest: int, threshold: float) -> list[int]:
-    """Lengths of the segments of a video: cut at its `fewest` - 1 greatest changes, and wherever the cosine of
-    neighbouring frames is below `threshold`.
+    """Lengths of the segments of a video: cut at its `fewest` - 1 greatest changes (at all, if it has fewer), and
+    wherever the cosine of neighbouring frames is below `threshold`.
 
     Args:
         frames: (T, C), one feature for each.
     """
     similarity = similarities(frames)
-    cuts = mark(similarity.topk(fewest - 1, largest=False)[1], len(similarity)) | (similarity < threshold)
+    greatest = similarity.topk(min(fewest - 1, len(similarity)), largest=False)[1]
+    cuts = mark(greatest, len(similarity)) | (similarity < threshold)
     ends = [*(cuts.nonzero()[:, 0] + 1).tolist(), len(frames)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 

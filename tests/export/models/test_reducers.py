@@ -1,6 +1,7 @@
 """Token reducers against the paper's equations and the originals' own results; ratios that are admitted and refused."""
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -374,19 +375,32 @@ def test_a_ratio_without_a_window_is_refused_with_those_that_have_one(ratio):
         assert part in str(caught.value)
 
 
-@given(frames=st.integers(1, 8), rows=st.integers(1, 16), columns=st.integers(1, 16))
-def test_every_ratio_that_is_offered_is_admitted(frames, rows, columns):
+@given(frames=st.integers(1, 8), rows=st.integers(1, 8), columns=st.integers(1, 8), shuffle=st.integers(1, 3))
+def test_every_ratio_that_is_offered_is_admitted(frames, rows, columns, shuffle):
+    rows, columns = rows * shuffle, columns * shuffle
     with pytest.raises(ValueError) as caught:
-        window_of(0, (frames, rows, columns))
+        window_of(0, (frames, rows, columns), shuffle)
     offered = [int(n) for n in str(caught.value).rpartition("one of ")[2].split(", ")]
     assert offered[0] == 1 and all(a < b for a, b in pairwise(offered))
     for ratio in range(1, frames * rows * columns + 1):
         if ratio in offered:
-            t, h, w = window_of(ratio, (frames, rows, columns))
+            t, h, w = window_of(ratio, (frames, rows, columns), shuffle)
             assert t * h * w == ratio and frames % t == rows % h == columns % w == 0
+            assert rows // h % shuffle == columns // w % shuffle == 0
         else:
             with pytest.raises(ValueError, match="does not divide"):
-                window_of(ratio, (frames, rows, columns))
+                window_of(ratio, (frames, rows, columns), shuffle)
+
+
+def test_a_grid_that_the_shuffle_does_not_divide_has_no_window():
+    with pytest.raises(ValueError, match=re.escape("pixel shuffle 2 does not divide the grid [4, 5]")):
+        window_of(4, (4, 4, 5), 2)
+
+
+def test_a_video_shorter_than_its_fewest_segments_is_cut_everywhere():
+    frames = torch.eye(8)[:4]
+    assert fastvid_videos.segments(frames, fewest=8, threshold=-1.0) == [1, 1, 1, 1]
+    assert fastvid_videos.segments(frames[:1], fewest=8, threshold=-1.0) == [1]
 
 
 @pytest.mark.parametrize("window", [(3, 2, 2), (4, 3, 2), (4, 2, 4)])
@@ -405,7 +419,7 @@ def test_a_window_that_does_not_divide_the_grid_is_refused(name, window):
         ("prumerge", 4, 64, ["ratio 64 ", "64 tokens", "needs two"]),
         ("fastvid", 4, 7, ["ratio 7 ", "64 tokens of a frame"]),
         ("fastvid", 4, 2, ["ratio 2 ", "48 anchors", "64 tokens", "44"]),
-        ("fastvid", 5, 16, ["ratio 16 ", "5 anchors", "2 frames"]),
+        ("fastvid", 5, 16, ["ratio 16 ", "5 anchors", "2 frames", "expected another"]),
         ("tome", 128, 2, ["4096", "3840"]),
     ],
 )
