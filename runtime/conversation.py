@@ -209,9 +209,12 @@ class Cache:
         if self._place.lead is not None:
             needed += len(lead) - len(self._place.lead)
         if needed > self.capacity:
+            more = "use fewer frames or tiles, a shorter question, or build with more --frames"
+            if any(isinstance(entry, Span) for entry in self.entries):
+                more = "ask a shorter question, or build with a larger --long-video for as many --keyframes"
             raise InputError(
                 f"video, earlier turns and question take {needed} positions, the KV cache holds {self.capacity}; "
-                "forget() the earlier turns, use fewer frames or tiles, a shorter question, or build with more --frames"
+                f"forget() the earlier turns, {more}"
             )
         return lead, after
 

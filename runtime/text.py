@@ -37,6 +37,11 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # unlike jinja's, escapes nothing for HTML
 
 
+def numbered(text: str, first: int, last: int) -> str:
+    """A prefix of visual tokens with the numbers of their frames."""
+    return text.replace("{first}", str(first)).replace("{last}", str(last))
+
+
 class ChatText:
     """
     Args:
@@ -130,8 +135,7 @@ class ChatText:
 
     def unit(self, first: int, last: int) -> tuple[list[int], list[int]]:
         """Ids before and after the visual tokens of one unit, whose frames are numbered first to last from 1."""
-        prefix = self._unit_prefix.replace("{first}", str(first)).replace("{last}", str(last))
-        return self._encode(prefix), self._encode(self._unit_suffix)
+        return self._encode(numbered(self._unit_prefix, first, last)), self._encode(self._unit_suffix)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Text as it becomes complete: a character of several tokens waits for the last of them, or for the end."""

@@ -8,13 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from liteframe.engines.package import InputError
+from liteframe.engines.package import QUESTION_POSITIONS, InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
+from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+from liteframe.export.models.vit import ViTConfig
 from liteframe.runtime import VideoSession, cli
 from liteframe.runtime.conversation import Cache
-from liteframe.runtime.long_video import Query, Span
+from liteframe.runtime.long_video import LongVideo, Query, Span
 from liteframe.runtime.text import ChatText
+from safetensors.torch import load_file, save_file
 from test_long_video import merged
 from test_session import Reference, edited
 
@@ -33,6 +36,31 @@ def package(tiny_artifact, tmp_path_factory):
     config["long_video"] = {"similar": 0.999, "redundancy_weight": 0.5, "temperature": 0.05}
     (folder / "config.json").write_text(json.dumps(config))
     return edited(build(folder, "cpu", folder.parent / "package", frames=16, long_video=FRAMES, keyframes=KEYFRAMES))
+
+
+@pytest.fixture(scope="module")
+def frames_apart(tiny_artifact, tmp_path_factory):
+    """`tiny_artifact` with a frame-wise tower that keeps 4 tokens a frame, and without a prompt of its own, for long
+    videos of up to 128 frames with 16 keyframes: the artifact's folder and the package."""
+    folder = tmp_path_factory.mktemp("apart") / "artifact"
+    folder.mkdir()
+    for path in tiny_artifact.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    vit = ViTConfig(
+        image_size=(56, 56), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    encoder = EncoderConfig(backbone=vit, output_size=24, reducer="none")
+    config |= {"encoder": msgspec.to_builtins(encoder), "long_video": {"similar": 0.999, "temperature": 0.05}}
+    config["decoder"]["max_position_embeddings"] = 8192
+    del config["prompt"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith("decoder.")}
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in VideoEncoder(encoder).named_parameters():
+        tensors[f"encoder.{name}"] = torch.randn(parameter.shape, generator=generator) * 0.3
+    save_file(tensors, folder / "model.safetensors")
+    return folder, edited(build(folder, "cpu", folder.parent / "package", frames=16, long_video=128, keyframes=16))
 
 
 @pytest.fixture
@@ -238,6 +266,22 @@ def test_a_package_without_it_says_how_to_build_one(tiny_package, video):
         session.watch(video, long_video="hybrid", query=QUESTION)
 
 
+@pytest.mark.parametrize("mode", ["vilamp", "hybrid"])
+def test_the_longest_video_fits_with_a_question_however_its_keyframes_lie(frames_apart, monkeypatch, mode):
+    """Between any two of them is a run of others, each of which takes text."""
+    monkeypatch.setattr(LongVideo, "keyframes", lambda long: np.arange(1, 2 * 16, 2))
+    footage = np.random.default_rng(1).integers(0, 256, (128, 56, 56, 3), dtype=np.uint8)
+    with VideoSession(frames_apart[1]) as session:
+        session.watch(footage, long_video=mode, query=QUESTION)
+        assert session.model.units_per_clip == session.model.clip_length
+        conversation = session._pipeline.conversation
+        assert len(conversation.entries) == (16 + 17 if mode == "vilamp" else 16 * 4 + 16)
+        chat = 20  # positions before the video, which are counted with the question's
+        assert conversation._cache.position - chat + QUESTION_POSITIONS <= session.model.capacity
+        list(session.ask(" ".join(["the cat sat"] * 80), max_new_tokens=300))
+        assert session.stats().finished == "length"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -245,7 +289,7 @@ def test_a_package_without_it_says_how_to_build_one(tiny_package, video):
         ({"long_video": 48, "keyframes": 13}, "--keyframes 13.*12 to"),
         ({"long_video": 48, "keyframes": 0}, "--keyframes 0"),
         ({"keyframes": 4}, "add --long-video"),
-        ({"long_video": 40000, "keyframes": 4}, "--long-video 40000 needs a KV cache of"),
+        ({"long_video": 40000, "keyframes": 4}, "--long-video 40000 with --keyframes 4 needs a KV.*fewer --keyframes"),
     ],
 )
 def test_a_build_that_does_not_fit_is_refused_with_the_numbers(tiny_artifact, tmp_path, options, message):
