@@ -208,8 +208,9 @@ class Model(_Strict, frozen=True):
 
 
 class Text(_Strict, frozen=True):
-    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit.
-    `query_tokenizer` is the query encoder's, where there is one."""
+    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit;
+    `run_prefix`, of a run of merged frames, too, and where it is null that has the unit's. `query_tokenizer` is the
+    query encoder's, where there is one."""
 
     tokenizer: File
     chat_template: File
@@ -219,6 +220,7 @@ class Text(_Strict, frozen=True):
     special_tokens: dict[str, str]
     unit_prefix: str
     unit_suffix: str
+    run_prefix: str | None
     notice: str
 
 

@@ -300,7 +300,8 @@ def _describe_long_video(artifact: Artifact, frames: int, keyframes: int) -> pac
 def _unit_text_positions(artifact: Artifact, frames: int) -> int:
     """For the text around visual tokens of frames that are numbered up to `frames`."""
     prompt, tokenizer = artifact.prompt, artifact.text.tokenizer
-    prefixes = [numbered(prompt.unit_prefix, number, number) for number in range(1, frames + 1)]
+    texts = [prompt.unit_prefix, prompt.run_prefix or ""]
+    prefixes = [numbered(text, number, number) for text in texts for number in range(1, frames + 1)]
     before = max(len(prefix.ids) for prefix in tokenizer.encode_batch(prefixes, add_special_tokens=False))
     after = len(tokenizer.encode(prompt.unit_suffix, add_special_tokens=False).ids)
     return max(package.UNIT_TEXT_POSITIONS, before + after)
@@ -581,6 +582,7 @@ def _write_text(artifact: Artifact, model: package.Model, table: NDArray, folder
         special_tokens=text.special_tokens,
         unit_prefix=prompt.unit_prefix,
         unit_suffix=prompt.unit_suffix,
+        run_prefix=prompt.run_prefix,
         notice=artifact.notice,
     )
 

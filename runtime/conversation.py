@@ -161,7 +161,7 @@ class Cache:
                 parts.append(self._text.embed([*place.pending, *lead]))
                 after = replace(after, lead=tuple(lead))
             if isinstance(entry, Span):
-                parts += self._unit(entry.tokens, entry.first, entry.last)
+                parts += self._unit(entry.tokens, entry.first, entry.last, entry.merged)
                 after = replace(after, clips=entry.last // self._model.clip_length)
             else:
                 parts += self._units(entry, place.clips)
@@ -176,8 +176,10 @@ class Cache:
             tokens = unit.reshape(-1, unit.shape[-1])
             yield from self._unit(tokens, number * frames + 1, (number + 1) * frames)
 
-    def _unit(self, tokens: NDArray[np.float32], first: int, last: int) -> Iterator[NDArray[np.float32]]:
-        prefix, suffix = self._text.unit(first, last)
+    def _unit(
+        self, tokens: NDArray[np.float32], first: int, last: int, merged: bool = False
+    ) -> Iterator[NDArray[np.float32]]:
+        prefix, suffix = self._text.unit(first, last, merged)
         yield from (self._text.embed(prefix), tokens, self._text.embed(suffix))
 
     def _prefill_laid(self, at_least: int) -> None:

@@ -51,11 +51,12 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Visual tokens (n, D) of the frames `first` to `last`, numbered from 1."""
+    """Visual tokens (n, D) of the frames `first` to `last`, numbered from 1. `merged`: one of each candidate."""
 
     tokens: NDArray[np.float32]
     first: int
     last: int
+    merged: bool = False
 
 
 class LongVideo:
@@ -135,7 +136,7 @@ class LongVideo:
                     self._merge(range(first, min(first + MERGED_AT_ONCE, end)), key_features)
                     for first in range(start, end, MERGED_AT_ONCE)
                 ]
-                yield Span(np.concatenate(tokens), start * self._frames + 1, end * self._frames)
+                yield Span(np.concatenate(tokens), start * self._frames + 1, end * self._frames, merged=True)
 
     def _whole(self, key: int) -> Iterator[Span]:
         """A key candidate, each time step of which is told apart."""

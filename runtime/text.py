@@ -48,6 +48,7 @@ class ChatText:
         template: Jinja.
         special_tokens: what the template may ask for by name.
         embeddings: (vocabulary, D).
+        run_prefix: instead of `unit_prefix` in front of a run of merged frames; None where that has no other.
 
     Raises:
         jinja2.TemplateError: the template does not parse.
@@ -62,10 +63,12 @@ class ChatText:
         unit_suffix: str,
         end_of_turn: Iterable[int],
         embeddings: NDArray[Any],
+        run_prefix: str | None = None,
     ):
         self._tokenizer, self._embeddings, self._special = tokenizer, embeddings, special_tokens
         self._control = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         self._unit_prefix, self._unit_suffix = unit_prefix, unit_suffix
+        self._run_prefix = unit_prefix if run_prefix is None else run_prefix
         self.end_of_turn = frozenset(end_of_turn)
         # as transformers renders chat templates
         environment = ImmutableSandboxedEnvironment(
@@ -88,6 +91,7 @@ class ChatText:
                 text.unit_suffix,
                 text.end_of_turn,
                 np.load(package.path(text.embeddings), mmap_mode="r", allow_pickle=False),
+                text.run_prefix,
             )
         except jinja2.TemplateError as error:
             raise InputError(f"{path}: the chat template does not parse ({error})") from None
@@ -133,9 +137,11 @@ class ChatText:
             )
         return after
 
-    def unit(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """Ids before and after the visual tokens of one unit, whose frames are numbered first to last from 1."""
-        return self._encode(numbered(self._unit_prefix, first, last)), self._encode(self._unit_suffix)
+    def unit(self, first: int, last: int, merged: bool = False) -> tuple[list[int], list[int]]:
+        """Ids before and after the visual tokens of one unit, or of a run of merged frames; these are numbered first to
+        last from 1."""
+        prefix = self._run_prefix if merged and first != last else self._unit_prefix
+        return self._encode(numbered(prefix, first, last)), self._encode(self._unit_suffix)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Text as it becomes complete: a character of several tokens waits for the last of them, or for the end."""

@@ -113,8 +113,10 @@ def thinned(reference, video, query, keyframes=KEYFRAMES):
     return keys, spans
 
 
-def expected_positions(reference, spans, question):
+def expected_positions(reference, spans, question, prefix_of=None, suffix=None):
     """The prompt's embeddings: template, each span between its own text, question."""
+    prefix_of = prefix_of or reference.prompt["unit_prefix"].format
+    suffix = suffix or reference.prompt["unit_suffix"]
     text = reference.tokenizer.apply_chat_template(
         [{"role": "user", "content": f"[VIDEO]{question}"}],
         chat_template=reference.template,
@@ -124,12 +126,8 @@ def expected_positions(reference, spans, question):
     before, after = text.split("[VIDEO]")
     parts = [reference.embed(before)]
     for tokens, first, last in spans:
-        prefix = reference.prompt["unit_prefix"].format(first=first, last=last)
-        parts += [
-            reference.embed(prefix),
-            torch.tensor(tokens).float(),
-            reference.embed(reference.prompt["unit_suffix"]),
-        ]
+        prefix = prefix_of(first=first, last=last)
+        parts += [reference.embed(prefix), torch.tensor(tokens).float(), reference.embed(suffix)]
     return torch.cat([*parts, reference.embed(after)])
 
 
@@ -264,6 +262,23 @@ def test_what_does_not_fit_is_refused_and_the_video_before_stays(session, video,
 def test_a_package_without_it_says_how_to_build_one(tiny_package, video):
     with VideoSession(tiny_package) as session, pytest.raises(InputError, match="build with --long-video"):
         session.watch(video, long_video="hybrid", query=QUESTION)
+
+
+def test_a_run_of_merged_frames_is_told_as_a_range_where_the_encoder_keeps_frames_apart(frames_apart, reference):
+    footage = np.random.default_rng(2).integers(0, 256, (64, 56, 56, 3), dtype=np.uint8)
+    with VideoSession(frames_apart[1]) as session:
+        session.watch(footage, long_video="vilamp", query=QUESTION)
+        spans = [(span.tokens, span.first, span.last) for span in session._pipeline.conversation.entries]
+        answer = "".join(session.ask(QUESTION, max_new_tokens=8))
+        positions = session.stats().prompt_tokens
+    assert any(first < last for _, first, last in spans)
+
+    def prefix(first, last):
+        return f"Frame{first}: <img>" if first == last else f"Frames {first}-{last}: <img>"
+
+    expected = expected_positions(reference, spans, QUESTION, prefix, "</img>\n")
+    assert positions == len(expected)
+    assert answer == greedy(reference, expected, 8)
 
 
 @pytest.mark.parametrize("mode", ["vilamp", "hybrid"])
