@@ -388,9 +388,9 @@ class Conversation:
 
     def give_up_long(self) -> None:
         """Forgets the long video that is being watched, if one is."""
-        if self.long is not None:
-            self.long.close()
-            self.long = None
+        long, self.long = self.long, None
+        if long is not None:
+            long.close()
 
     def expect(self, clips: int, views: int) -> None:
         """Makes room for so many clips in so many views, of a video that is about to be watched."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -167,23 +168,30 @@ class LongVideo:
 
 
 class Spool:
-    """Arrays on disk, where the system keeps temporary files, and not in memory."""
+    """Arrays on disk, where the system keeps temporary files, and not in memory.
+
+    Raises:
+        InputError: the disk is full.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="liteframe-")  # noqa: SIM115 - lives as long as this
+        try:
+            # unbuffered: what a buffer holds when the disk is full would be tried again at every later call
+            self._file = tempfile.TemporaryFile(prefix="liteframe-", buffering=0)  # noqa: SIM115 - stays open
+        except OSError as error:
+            raise _no_room(error) from None
         self._places: list[tuple[int, tuple[int, ...]]] = []
 
     def append(self, array: NDArray[np.float32]) -> None:
         """Raises InputError when the disk is full."""
+        rest = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data
         try:
-            self._file.seek(0, 2)
-            self._places.append((self._file.tell(), array.shape))
-            self._file.write(np.ascontiguousarray(array, np.float32).data)
+            place = self._file.seek(0, 2)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise InputError(
-                f"{tempfile.gettempdir()}: the visual tokens of a long video can't be kept there ({error.strerror}); "
-                "make room, or set TMPDIR to a folder with room"
-            ) from None
+            raise _no_room(error) from None
+        self._places.append((place, array.shape))
 
     def read(self, number: int) -> NDArray[np.float32]:
         place, shape = self._places[number]
@@ -193,7 +201,15 @@ class Spool:
         return array
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
+
+
+def _no_room(error: OSError) -> InputError:
+    return InputError(
+        f"{tempfile.tempdir or 'temporary files'}: the visual tokens of a long video can't be kept there "
+        f"({error.strerror}); make room, or set TMPDIR to a folder with room"
+    )
 
 
 def check_mode(mode: Mode, model: Model) -> None:
