@@ -330,6 +330,10 @@ class Pipeline:
         if self._errors:
             raise self._errors.popleft()
 
+    def forget_errors(self) -> None:
+        """Of what was given up nobody wants to know."""
+        self._errors.clear()
+
     def read(self, items: Iterator[Item], in_turn: bool) -> Iterator[Item]:
         """The same items; the trace is told how long each took to come.
 

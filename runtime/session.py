@@ -157,6 +157,7 @@ class VideoSession:
                 self._pipeline.submit(self._pipeline.conversation.give_up_long)
                 with suppress(InputError):  # closed
                     self._pipeline.submit(lambda: self._begin(*before)).result()
+                self._pipeline.forget_errors()
                 self._live = before[1]
                 raise
 

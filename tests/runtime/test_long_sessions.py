@@ -1,7 +1,9 @@
 """Sessions with long videos, against modules and equations put together by hand."""
 
 import json
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import msgspec
@@ -237,6 +239,19 @@ def test_what_was_seen_stays_when_a_long_video_fails(session, video, monkeypatch
         session.watch(video, long_video="hybrid", query=QUESTION)
     assert list(session.ask(QUESTION, max_new_tokens=4)) == before
     assert session._pipeline.conversation.long is None
+
+
+def test_a_session_goes_on_after_a_disk_that_was_full(session, video, monkeypatch):
+    session.watch(video[:16])
+    opened = tempfile.TemporaryFile
+    files = [Path("/dev/full").open("r+b", buffering=0)]  # noqa: SIM115 - the session closes it
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: files.pop() if files else opened(**options))
+    with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    assert session._pipeline.conversation.long is None
+    assert "".join(session.ask(QUESTION, max_new_tokens=3))
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    assert session.stats().frames == FRAMES
 
 
 @pytest.mark.parametrize(
