@@ -11,7 +11,7 @@ Each clip is prefilled about twice.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -135,12 +135,13 @@ class Cache:
             self._lay_next()
         self._prefill_laid(1)
 
-    def fill(self, at_least: int = 1) -> None:
-        """Prefills everything that waits, in whole chunks; and the rest, if it has `at_least` so many positions."""
+    def fill(self, at_least: int = 1, go_on: Callable[[], object] = lambda: None) -> None:
+        """Prefills everything that waits, in whole chunks; and the rest, if it has `at_least` so many positions.
+        `go_on` is called before each chunk, and ends this by raising."""
         while self._place.entries < len(self.entries):
             self._lay_next()
-            self._prefill_laid(self._model.chunk)  # or a long video would be laid out in memory as a whole
-        self._prefill_laid(at_least)
+            self._prefill_laid(self._model.chunk, go_on)  # or a long video would be laid out in memory as a whole
+        self._prefill_laid(at_least, go_on)
 
     def _lay_next(self) -> None:
         parts, place = self._lay(self.entries[self._place.entries], self._place)
@@ -182,9 +183,10 @@ class Cache:
         prefix, suffix = self._text.unit(first, last, merged)
         yield from (self._text.embed(prefix), tokens, self._text.embed(suffix))
 
-    def _prefill_laid(self, at_least: int) -> None:
+    def _prefill_laid(self, at_least: int, go_on: Callable[[], object] = lambda: None) -> None:
         chunk = self._model.chunk
         while (size := sum(map(len, self._laid))) >= chunk or size >= at_least:
+            go_on()
             together = np.concatenate(self._laid)
             self._decoder.forward(together[:chunk])
             self._laid = [together[chunk:]] if size > chunk else []
@@ -378,13 +380,23 @@ class Conversation:
         self._cache.fill()
 
     def end_long(self) -> None:
-        """A long video has been read to its end; what is left of it is prefilled."""
+        """A long video has been read to its end; what is left of it is prefilled.
+
+        Raises:
+            InputError: `stop_long` was called meanwhile.
+        """
         assert self.long is not None
         spans = list(self.long.spans())
-        self.give_up_long()
         self._cache.reserve(sum(len(span.tokens) + UNIT_TEXT for span in spans) + TURN)
         self._cache.entries += spans
-        self._cache.fill()
+        self._cache.fill(go_on=self.long.go_on)
+        self.give_up_long()
+
+    def stop_long(self) -> None:
+        """The long video that is being watched, if one is, is read no further; from any thread."""
+        long = self.long
+        if long is not None:
+            long.stop()
 
     def give_up_long(self) -> None:
         """Forgets the long video that is being watched, if one is."""

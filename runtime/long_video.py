@@ -12,6 +12,7 @@ video is read; memory holds an embedding of each, and the tokens of one.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import InputError, Model
-from .engine import Merger
+from .engine import EngineError, Merger
 from .keyframes import cosines, select
 
 Mode = Literal["uniform", "vilamp", "hybrid"]
@@ -60,6 +61,10 @@ class Span:
     merged: bool = False
 
 
+class MergerError(EngineError):
+    """The merger failed while it ran; says on what, and why."""
+
+
 class LongVideo:
     """Takes the clips of a video one after the other; then gives what is left of them.
 
@@ -78,6 +83,7 @@ class LongVideo:
         self._query, self._model, self._merger, self._settings = query, model, merger, model.long_video
         self._units = 1 if mode == "hybrid" else model.units_per_clip  # candidates of a clip
         self._spool = Spool()
+        self._stopped = threading.Event()
         self._features_apart, self._trained = False, trained
         self._embeddings: list[NDArray[np.float32]] = []
         self._relevance: list[float] = []
@@ -119,11 +125,21 @@ class LongVideo:
         count = min(self._settings.keyframes, self.candidates)  # a file may end before its header says
         return select(embeddings, relevance, count, self._settings.similar)
 
+    def stop(self) -> None:
+        """Nobody wants the rest; from any thread."""
+        self._stopped.set()
+
+    def go_on(self) -> None:
+        """Raises InputError after `stop`."""
+        if self._stopped.is_set():
+            raise InputError("the long video was given up before it was read to its end; watch it again")
+
     def spans(self) -> Iterator[Span]:
         """What is left, in the order of time: a key candidate's tokens, and runs of merged ones.
 
         Raises:
-            EngineError: the merger failed.
+            MergerError: the merger failed.
+            InputError: it was stopped.
         """
         keys = sorted(self.keyframes().tolist()) if self.candidates else []
         key_features = None
@@ -148,14 +164,17 @@ class LongVideo:
             yield Span(tokens, first + 1, first + frames)
 
     def _merge(self, candidates: range, key_features: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        features = np.stack([self._features(candidate) for candidate in candidates])
-        return self._merger.merge(
-            features,
-            self._query.vector,
-            key_features,
-            self._settings.redundancy_weight,
-            self._settings.temperature,
-        )
+        self.go_on()
+        features, settings = np.stack([self._features(candidate) for candidate in candidates]), self._settings
+        try:
+            return self._merger.merge(
+                features, self._query.vector, key_features, settings.redundancy_weight, settings.temperature
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            first, last = candidates.start * self._frames + 1, candidates.stop * self._frames
+            raise MergerError(f"the merger failed on the frames {first} to {last}: {error}") from error
 
     def _tokens(self, candidate: int) -> NDArray[np.float32]:
         return self._spool.read(candidate * (1 + self._features_apart))

@@ -1,7 +1,10 @@
 """Sessions with long videos, against modules and equations put together by hand."""
 
+import _thread
 import json
 import tempfile
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.export.models.vit import ViTConfig
-from liteframe.runtime import VideoSession, cli
+from liteframe.runtime import EngineError, VideoSession, cli
 from liteframe.runtime.conversation import Cache
 from liteframe.runtime.long_video import LongVideo, Query, Span
 from liteframe.runtime.text import ChatText
+from liteframe.runtime.trace import Trace
 from safetensors.torch import load_file, save_file
 from test_long_video import merged
 from test_session import Reference, edited
@@ -235,10 +239,73 @@ def test_what_was_seen_stays_when_a_long_video_fails(session, video, monkeypatch
     session.watch(video[:16], long_video="hybrid", query=QUESTION)  # opens what it needs
     session.watch(video[:16])
     monkeypatch.setattr(session._searcher.merger, "merge", lambda *_: 1 / 0)
-    with pytest.raises(Exception, match="division"):
+    with pytest.raises(EngineError, match=r"^the merger failed on the frames \d+ to \d+: division"):
         session.watch(video, long_video="hybrid", query=QUESTION)
     assert list(session.ask(QUESTION, max_new_tokens=4)) == before
     assert session._pipeline.conversation.long is None
+
+
+@pytest.mark.parametrize("engine", ["merger", "decoder"])
+def test_an_interrupted_long_video_ends_at_the_next_call_of_an_engine(session, video, monkeypatch, engine):
+    session.watch(video, long_video="hybrid", query=QUESTION)  # opens the merger
+    session.watch(video[:16])
+    before = list(session.ask(QUESTION, max_new_tokens=4))
+    session.forget()
+    calls, conversation = [], session._pipeline.conversation
+    engine, name = (session._searcher.merger, "merge") if engine == "merger" else (session.engines[1], "forward")
+    run = getattr(engine, name)
+
+    def interrupted(*arguments):
+        if conversation.long is not None:
+            calls.append(arguments)
+            _thread.interrupt_main()
+            conversation.long._stopped.wait(30)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    assert len(calls) == 1
+    assert conversation.long is None
+    assert list(session.ask(QUESTION, max_new_tokens=4)) == before
+
+
+def test_closing_a_session_ends_a_long_video_between_two_merges(session, video, monkeypatch):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    calls, closing = [], []
+
+    def closed_meanwhile(*_):
+        long = session._pipeline.conversation.long
+        calls.append(long)
+        closing.append(threading.Thread(target=session.close))
+        closing[0].start()
+        assert long._stopped.wait(30)
+        return np.zeros((1, 24), np.float32)
+
+    monkeypatch.setattr(session._searcher.merger, "merge", closed_meanwhile)
+    with pytest.raises(InputError, match="the session is closed"):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    closing[0].join()
+    assert len(calls) == 1
+    assert calls[0]._spool._file.closed
+
+
+def test_merging_and_prefilling_count_as_the_language_models_time(package, video, monkeypatch):
+    trace = Trace()
+    with VideoSession(package, trace=trace) as session:
+        session.watch(video, long_video="hybrid", query=QUESTION)
+        merge, slow = session._searcher.merger.merge, []
+
+        def slowly(*arguments):
+            slow.append(time.sleep(0.3))
+            return merge(*arguments)
+
+        monkeypatch.setattr(session._searcher.merger, "merge", slowly)
+        trace.spans.clear()
+        session.watch(video, long_video="hybrid", query=QUESTION)
+        assert slow and session.stats().llm_ms >= 300 * len(slow)
+    longest = max(end - start for stage, name, start, end, _ in trace.spans if name == "llm")
+    assert longest >= 0.3 * len(slow)
 
 
 def test_a_session_goes_on_after_a_disk_that_was_full(session, video, monkeypatch):
