@@ -115,7 +115,7 @@ class ChatText:
             InputError: the question holds a control token or is not Unicode, or the template drops what it is given.
         """
         video = _VIDEO if with_video else ""
-        content = video + self._checked(question)
+        content = video + self.checked(question)
         if first:
             rendered = self._render([("user", content)])
         else:
@@ -158,7 +158,8 @@ class ChatText:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _checked(self, question: str) -> str:
+    def checked(self, question: str) -> str:
+        """The same. Raises InputError when it holds a control token or is not Unicode."""
         try:
             question.encode()
         except UnicodeEncodeError:
