@@ -411,7 +411,12 @@ class Conversation:
 
     def begin_stream(self) -> None:
         """What is added from here on is a stream's. Both caches take all their memory now: growing takes time, and what
-        a stream needs should be known when it begins. If there is not enough, they grow when they must."""
+        a stream needs should be known when it begins. If there is not enough, they grow when they must.
+
+        A long video leaves: its spans are no clips of a window, and depend on each other. Turns about it stay."""
+        entries = self._cache.entries
+        if any(isinstance(entry, Span) for entry in entries):
+            self.refill([entry for entry in entries if not isinstance(entry, Span)])
         self.live = True
         self._cache.reserve()
         self._spare().reserve()
@@ -450,7 +455,8 @@ class Conversation:
     def cut_answer(self, length: int) -> None:
         """Shortens the last answer to its first ids if nothing has come since; see `Cache.cut_answer`."""
         last = self._cache.entries[-1] if self._cache.entries else None
-        if isinstance(last, Turn) and len(last.answer) > length:
+        asked_here = self._cache.prompt > 0  # not before a stream that began anew
+        if isinstance(last, Turn) and len(last.answer) > length and asked_here:
             self._cache.cut_answer(length)
             if self._second is not None and self._second.entries and self._second.entries[-1] is last:
                 self._second.drop_last()

@@ -215,13 +215,33 @@ def test_the_next_question_is_about_the_same_video(session, reference, video):
     assert again == greedy(reference, expected_positions(reference, spans, QUESTION), 12)
 
 
-def test_a_stream_may_follow_a_long_video(session, video):
-    session.watch(video, long_video="hybrid", query=QUESTION)
-    for number, frame in enumerate(video[:32]):
+def push(session, frames):
+    for number, frame in enumerate(frames):
         session.push(frame, float(number))
     session.drain()
-    assert "".join(session.ask(QUESTION, max_new_tokens=3)) is not None
-    assert session.stats().frames >= 4
+
+
+def test_a_stream_that_follows_a_long_video_begins_without_it(session, package, video):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    with VideoSession(package) as fresh:
+        for one in (session, fresh):
+            push(one, video[:24])
+        assert session.stats().frames == fresh.stats().frames > 0
+        for question in (QUESTION, "the cat sat"):
+            assert list(session.ask(question, max_new_tokens=8)) == list(fresh.ask(question, max_new_tokens=8))
+
+
+def test_what_was_said_about_a_long_video_stays_in_the_stream_that_follows(session, reference, video):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    reading = session.ask(QUESTION, max_new_tokens=8)
+    first = next(reading)  # the rest is generated, and never read
+    push(session, video[:8])
+    answer = "".join(session.ask("the cat sat", max_new_tokens=8))
+    turn = session._pipeline.conversation.entries[0]
+    assert (turn.question, len(turn.answer)) == (QUESTION, 8)
+    assert reference.decode(turn.answer).startswith(first)
+    ids = reference.chat([(None, QUESTION), (video[:8], "the cat sat")], 8, [list(turn.answer)])[-1]
+    assert answer == reference.decode(ids)
 
 
 def test_a_uniform_video_is_what_it_is_without(session, tiny_package, video):
