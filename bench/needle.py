@@ -74,7 +74,7 @@ def recall(package_folder: Path, lengths: list[int], count: int) -> dict[str, li
     source = Haystack(footage(), needles[0].frames, max(lengths), 0.0)
     hay = []
     for clip in read_clips(source, max(lengths), model.clip_length, model.image_size):
-        hay.append(encoder.encode(clip.frames[None])[0])
+        hay.append(encoder.encode_with_features(clip.frames[None])[1][0])
         print(f"\r{len(hay) * model.clip_length} frames of hay encoded", end="", file=sys.stderr)
     # the first needle stood at its beginning
     lead = NEEDLE // model.clip_length
@@ -85,7 +85,7 @@ def recall(package_folder: Path, lengths: list[int], count: int) -> dict[str, li
     }
     for number, sample in enumerate(needles):
         shape = (lead, model.clip_length, *sample.frames.shape[1:])
-        tokens = [encoder.encode(clip[None])[0] for clip in sample.frames.reshape(shape)]
+        tokens = [encoder.encode_with_features(clip[None])[1][0] for clip in sample.frames.reshape(shape)]
         queries: dict[str, Query] = {
             "picture": searcher.query(sample.frames[NEEDLE // 2]),
             "text": searcher.query(sample.questions[0].text),
@@ -100,7 +100,8 @@ def recall(package_folder: Path, lengths: list[int], count: int) -> dict[str, li
                     places = slice(first, first + lead)
                     vectors, ranks = embeddings[:clips].copy(), relevance[:clips].copy()
                     vectors[places], ranks[places] = [clip.mean(0) for clip in tokens], own
-                    kept = select(vectors - vectors.mean(0), ranks, settings.keyframes, settings.similar)
+                    vectors -= 0 if searcher.trained else vectors.mean(0)
+                    kept = select(vectors, ranks, settings.keyframes, settings.similar)
                     found[name][row, column] += bool(set(kept.tolist()) & set(range(first, first + lead)))
         print(f"\rneedle {number + 1} of {count} searched for", end="", file=sys.stderr)
     print(file=sys.stderr)

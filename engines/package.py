@@ -30,7 +30,7 @@ Part = Literal["encoder", "decoder", "merger", "query"]  # what graphs and engin
 Way = Literal["bodies", "embedded", "library"]  # in which custom operators get into an engine
 MANIFEST = "manifest.json"
 QUESTION_POSITIONS = 1024  # of the cache, beside the video: chat text, question, answer
-UNIT_TEXT_POSITIONS = 16  # prompt text around one unit, at most
+UNIT_TEXT_POSITIONS = 16  # for the prompt text around one unit, where a build does not find that it takes more
 
 
 class InputError(Exception):
@@ -134,10 +134,12 @@ def views_of(tiles: int, thumbnail: bool = True) -> int:
     return tiles + (thumbnail and tiles > 1)
 
 
-def positions(clips: int, views: int, tokens_per_clip: int, units_per_clip: int) -> int:
+def positions(
+    clips: int, views: int, tokens_per_clip: int, units_per_clip: int, unit_text: int = UNIT_TEXT_POSITIONS
+) -> int:
     """Of the cache that clips take, whose frames the encoder is given in so many views, with their text and a
-    question's; see `Model`."""
-    return clips * (views * tokens_per_clip + units_per_clip * UNIT_TEXT_POSITIONS) + QUESTION_POSITIONS
+    question's; see `Model`. `unit_text`: positions of the text around one unit."""
+    return clips * (views * tokens_per_clip + units_per_clip * unit_text) + QUESTION_POSITIONS
 
 
 class LongVideo(_Strict, frozen=True):
@@ -206,8 +208,9 @@ class Model(_Strict, frozen=True):
 
 
 class Text(_Strict, frozen=True):
-    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit.
-    `query_tokenizer` is the query encoder's, where there is one."""
+    """Prompt and tokenizer. `unit_prefix` may hold {first} and {last}, the 1-based numbers of the frames of a unit;
+    `run_prefix`, of a run of merged frames, too, and where it is null that has the unit's. `query_tokenizer` is the
+    query encoder's, where there is one."""
 
     tokenizer: File
     chat_template: File
@@ -217,6 +220,7 @@ class Text(_Strict, frozen=True):
     special_tokens: dict[str, str]
     unit_prefix: str
     unit_suffix: str
+    run_prefix: str | None
     notice: str
 
 

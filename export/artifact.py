@@ -42,10 +42,12 @@ from .tokenizer import byte_level_bpe, parse_merges
 
 
 class PromptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Text around the visual tokens of one unit; {first} and {last} are the 1-based numbers of its frames."""
+    """Text around the visual tokens of one unit; {first} and {last} are the 1-based numbers of its frames.
+    `run_prefix`: in front of a run of merged frames of a long video, where that is not `unit_prefix`."""
 
     unit_prefix: str
     unit_suffix: str
+    run_prefix: str | None = None
 
 
 class LongVideoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,9 +144,11 @@ class Artifact:
 
 
 def internvl_prompt(frames_apart: bool) -> PromptConfig:
-    """InternVL's text around visual tokens, with a range where a unit covers several frames."""
-    frames = "Frame{first}" if frames_apart else "Frames {first}-{last}"
-    return PromptConfig(unit_prefix=f"{frames}: <img>", unit_suffix="</img>\n")
+    """InternVL's text around visual tokens, with a range where they are of several frames."""
+    several = "Frames {first}-{last}: <img>"
+    if not frames_apart:
+        return PromptConfig(several, "</img>\n")
+    return PromptConfig("Frame{first}: <img>", "</img>\n", run_prefix=several)
 
 
 def load_artifact(folder: Path, reducer: str | None = None, ratio: int | None = None) -> Artifact:

@@ -47,10 +47,10 @@ from ..engines.package import (
 )
 from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Dialect, Target
 from ..runtime.cli import guard
+from ..runtime.text import numbered
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
 from .gate_accuracy import gate_accuracy
-from .models.encoder import VideoEncoder
 from .models.reducers import REDUCERS
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
@@ -244,19 +244,21 @@ def describe_model(
     if keyframes is not None and long_frames is None:
         raise InputError(f"--keyframes {keyframes} is for long videos; add --long-video FRAMES, or leave it out")
     clips, views = frames // clip, package.views_of(tiles)
-    positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip)
+    unit_text = _unit_text_positions(artifact, frames)
+    positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip, unit_text)
+    tiled = f" --tiles {tiles}" if tiles > 1 else ""
+    needs, fewer = f"--frames {frames}{tiled}", f"fewer frames{tiled and ' or tiles'}"
     long_video = None
     if long_frames is not None:
         long_video = _describe_long_video(artifact, long_frames, KEYFRAMES if keyframes is None else keyframes)
-        positions = max(positions, _long_video_positions(encoder, long_video))
+        if (long_positions := _long_video_positions(artifact, long_video)) > positions:
+            positions, fewer = long_positions, "fewer --keyframes, a shorter --long-video"
+            needs = f"--long-video {long_frames} with --keyframes {long_video.keyframes}"
     capacity = -(-positions // 256) * 256
     if capacity > decoder.max_position_embeddings:
-        tiled = f" --tiles {tiles}" if tiles > 1 else ""
-        long = "" if long_frames is None else f" --long-video {long_frames}"
         raise InputError(
-            f"--frames {frames}{tiled}{long} needs a KV cache of {capacity} positions, the language model was trained "
-            f"for {decoder.max_position_embeddings}; build with fewer frames{tiled and ' or tiles'} or a stronger "
-            "--ratio"
+            f"{needs} needs a KV cache of {capacity} positions, the language model was trained for "
+            f"{decoder.max_position_embeddings}; build with {fewer} or a stronger --ratio"
         )
     return package.Model(
         image_size=encoder.config.vit.image_size,
@@ -295,23 +297,37 @@ def _describe_long_video(artifact: Artifact, frames: int, keyframes: int) -> pac
     )
 
 
-def _long_video_positions(encoder: VideoEncoder, settings: package.LongVideo) -> int:
-    """Of keyframes with all their tokens, and runs of merged ones between them, each with its text, and of a question;
-    where the encoder keeps frames apart, of `vilamp`, which takes more positions than `hybrid`."""
-    candidates, tokens, units = settings.max_frames // encoder.config.clip_length, encoder.tokens_per_clip, 1
-    if encoder.units_per_clip == encoder.config.clip_length:
-        candidates, tokens = settings.max_frames, tokens // encoder.units_per_clip
-    else:
-        units = encoder.units_per_clip
-    if not 1 <= settings.keyframes <= candidates:
+def _unit_text_positions(artifact: Artifact, frames: int) -> int:
+    """For the text around visual tokens of frames that are numbered up to `frames`."""
+    prompt, tokenizer = artifact.prompt, artifact.text.tokenizer
+    texts = [prompt.unit_prefix, prompt.run_prefix or ""]
+    prefixes = [numbered(text, number, number) for text in texts for number in range(1, frames + 1)]
+    before = max(len(prefix.ids) for prefix in tokenizer.encode_batch(prefixes, add_special_tokens=False))
+    after = len(tokenizer.encode(prompt.unit_suffix, add_special_tokens=False).ids)
+    return max(package.UNIT_TEXT_POSITIONS, before + after)
+
+
+def _long_video_positions(artifact: Artifact, settings: package.LongVideo) -> int:
+    """Of key candidates with all their tokens, and runs of merged ones between them, each with its text, and of a
+    question; in the mode that takes most: `vilamp`, too, chooses where the encoder keeps frames apart."""
+    encoder, keys = artifact.encoder, settings.keyframes
+    clip, units, tokens = encoder.config.clip_length, encoder.units_per_clip, encoder.tokens_per_clip
+    modes = [(settings.max_frames // clip, units, tokens)]  # candidates, and units and tokens of each
+    if units == clip:
+        modes.append((settings.max_frames, 1, tokens // clip))
+    most = max(candidates for candidates, _, _ in modes)
+    if not 1 <= keys <= most:
         raise InputError(
-            f"--keyframes {settings.keyframes}: a video of --long-video {settings.max_frames} frames has {candidates} "
-            "to choose from; expected from 1 to as many"
+            f"--keyframes {keys}: a video of --long-video {settings.max_frames} frames has {most} to choose from; "
+            "expected from 1 to as many"
         )
-    merged = candidates - settings.keyframes
-    spans = settings.keyframes * units + min(merged, settings.keyframes + 1)
-    visual = settings.keyframes * tokens + merged
-    return visual + spans * package.UNIT_TEXT_POSITIONS + package.QUESTION_POSITIONS
+    text = _unit_text_positions(artifact, settings.max_frames)
+    needed = [
+        keys * tokens + candidates - keys + (keys * units + min(candidates - keys, keys + 1)) * text
+        for candidates, units, tokens in modes
+        if keys <= candidates
+    ]
+    return max(needed) + package.QUESTION_POSITIONS
 
 
 def _make_long_video_graphs(artifact: Artifact, target: Target, verifier: Verifier, folder: Path) -> list[Graph]:
@@ -566,6 +582,7 @@ def _write_text(artifact: Artifact, model: package.Model, table: NDArray, folder
         special_tokens=text.special_tokens,
         unit_prefix=prompt.unit_prefix,
         unit_suffix=prompt.unit_suffix,
+        run_prefix=prompt.run_prefix,
         notice=artifact.notice,
     )
 

@@ -82,6 +82,7 @@ def chat_text(artifact: Artifact, table: NDArray | None = None) -> ChatText:
         prompt.unit_suffix,
         text.end_of_turn,
         table,
+        prompt.run_prefix,
     )
 
 

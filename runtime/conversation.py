@@ -11,7 +11,7 @@ Each clip is prefilled about twice.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -135,12 +135,13 @@ class Cache:
             self._lay_next()
         self._prefill_laid(1)
 
-    def fill(self, at_least: int = 1) -> None:
-        """Prefills everything that waits, in whole chunks; and the rest, if it has `at_least` so many positions."""
+    def fill(self, at_least: int = 1, go_on: Callable[[], object] = lambda: None) -> None:
+        """Prefills everything that waits, in whole chunks; and the rest, if it has `at_least` so many positions.
+        `go_on` is called before each chunk, and ends this by raising."""
         while self._place.entries < len(self.entries):
             self._lay_next()
-            self._prefill_laid(self._model.chunk)  # or a long video would be laid out in memory as a whole
-        self._prefill_laid(at_least)
+            self._prefill_laid(self._model.chunk, go_on)  # or a long video would be laid out in memory as a whole
+        self._prefill_laid(at_least, go_on)
 
     def _lay_next(self) -> None:
         parts, place = self._lay(self.entries[self._place.entries], self._place)
@@ -161,7 +162,7 @@ class Cache:
                 parts.append(self._text.embed([*place.pending, *lead]))
                 after = replace(after, lead=tuple(lead))
             if isinstance(entry, Span):
-                parts += self._unit(entry.tokens, entry.first, entry.last)
+                parts += self._unit(entry.tokens, entry.first, entry.last, entry.merged)
                 after = replace(after, clips=entry.last // self._model.clip_length)
             else:
                 parts += self._units(entry, place.clips)
@@ -176,13 +177,16 @@ class Cache:
             tokens = unit.reshape(-1, unit.shape[-1])
             yield from self._unit(tokens, number * frames + 1, (number + 1) * frames)
 
-    def _unit(self, tokens: NDArray[np.float32], first: int, last: int) -> Iterator[NDArray[np.float32]]:
-        prefix, suffix = self._text.unit(first, last)
+    def _unit(
+        self, tokens: NDArray[np.float32], first: int, last: int, merged: bool = False
+    ) -> Iterator[NDArray[np.float32]]:
+        prefix, suffix = self._text.unit(first, last, merged)
         yield from (self._text.embed(prefix), tokens, self._text.embed(suffix))
 
-    def _prefill_laid(self, at_least: int) -> None:
+    def _prefill_laid(self, at_least: int, go_on: Callable[[], object] = lambda: None) -> None:
         chunk = self._model.chunk
         while (size := sum(map(len, self._laid))) >= chunk or size >= at_least:
+            go_on()
             together = np.concatenate(self._laid)
             self._decoder.forward(together[:chunk])
             self._laid = [together[chunk:]] if size > chunk else []
@@ -209,9 +213,12 @@ class Cache:
         if self._place.lead is not None:
             needed += len(lead) - len(self._place.lead)
         if needed > self.capacity:
+            more = "use fewer frames or tiles, a shorter question, or build with more --frames"
+            if any(isinstance(entry, Span) for entry in self.entries):
+                more = "ask a shorter question, or build with a larger --long-video for as many --keyframes"
             raise InputError(
                 f"video, earlier turns and question take {needed} positions, the KV cache holds {self.capacity}; "
-                "forget() the earlier turns, use fewer frames or tiles, a shorter question, or build with more --frames"
+                f"forget() the earlier turns, {more}"
             )
         return lead, after
 
@@ -373,19 +380,29 @@ class Conversation:
         self._cache.fill()
 
     def end_long(self) -> None:
-        """A long video has been read to its end; what is left of it is prefilled."""
+        """A long video has been read to its end; what is left of it is prefilled.
+
+        Raises:
+            InputError: `stop_long` was called meanwhile.
+        """
         assert self.long is not None
         spans = list(self.long.spans())
-        self.give_up_long()
         self._cache.reserve(sum(len(span.tokens) + UNIT_TEXT for span in spans) + TURN)
         self._cache.entries += spans
-        self._cache.fill()
+        self._cache.fill(go_on=self.long.go_on)
+        self.give_up_long()
+
+    def stop_long(self) -> None:
+        """The long video that is being watched, if one is, is read no further; from any thread."""
+        long = self.long
+        if long is not None:
+            long.stop()
 
     def give_up_long(self) -> None:
         """Forgets the long video that is being watched, if one is."""
-        if self.long is not None:
-            self.long.close()
-            self.long = None
+        long, self.long = self.long, None
+        if long is not None:
+            long.close()
 
     def expect(self, clips: int, views: int) -> None:
         """Makes room for so many clips in so many views, of a video that is about to be watched."""
@@ -394,7 +411,12 @@ class Conversation:
 
     def begin_stream(self) -> None:
         """What is added from here on is a stream's. Both caches take all their memory now: growing takes time, and what
-        a stream needs should be known when it begins. If there is not enough, they grow when they must."""
+        a stream needs should be known when it begins. If there is not enough, they grow when they must.
+
+        A long video leaves: its spans are no clips of a window, and depend on each other. Turns about it stay."""
+        entries = self._cache.entries
+        if any(isinstance(entry, Span) for entry in entries):
+            self.refill([entry for entry in entries if not isinstance(entry, Span)])
         self.live = True
         self._cache.reserve()
         self._spare().reserve()
@@ -433,7 +455,8 @@ class Conversation:
     def cut_answer(self, length: int) -> None:
         """Shortens the last answer to its first ids if nothing has come since; see `Cache.cut_answer`."""
         last = self._cache.entries[-1] if self._cache.entries else None
-        if isinstance(last, Turn) and len(last.answer) > length:
+        asked_here = self._cache.prompt > 0  # not before a stream that began anew
+        if isinstance(last, Turn) and len(last.answer) > length and asked_here:
             self._cache.cut_answer(length)
             if self._second is not None and self._second.entries and self._second.entries[-1] is last:
                 self._second.drop_last()

@@ -117,7 +117,11 @@ class Merger(Protocol):
 
 class QueryEncoder(Protocol):
     def encode(self, ids: list[int]) -> NDArray[np.float32]:
-        """Token ids of a question -> its vector float32 (C,)."""
+        """Token ids of a question -> its vector float32 (C,).
+
+        Raises:
+            InputError: no ids, or more than the engine takes.
+        """
         ...
 
 

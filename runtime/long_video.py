@@ -12,7 +12,9 @@ video is read; memory holds an embedding of each, and the tokens of one.
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import InputError, Model
-from .engine import Merger
+from .engine import EngineError, Merger
 from .keyframes import cosines, select
 
 Mode = Literal["uniform", "vilamp", "hybrid"]
@@ -51,11 +53,16 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Visual tokens (n, D) of the frames `first` to `last`, numbered from 1."""
+    """Visual tokens (n, D) of the frames `first` to `last`, numbered from 1. `merged`: one of each candidate."""
 
     tokens: NDArray[np.float32]
     first: int
     last: int
+    merged: bool = False
+
+
+class MergerError(EngineError):
+    """The merger failed while it ran; says on what, and why."""
 
 
 class LongVideo:
@@ -76,6 +83,7 @@ class LongVideo:
         self._query, self._model, self._merger, self._settings = query, model, merger, model.long_video
         self._units = 1 if mode == "hybrid" else model.units_per_clip  # candidates of a clip
         self._spool = Spool()
+        self._stopped = threading.Event()
         self._features_apart, self._trained = False, trained
         self._embeddings: list[NDArray[np.float32]] = []
         self._relevance: list[float] = []
@@ -117,11 +125,21 @@ class LongVideo:
         count = min(self._settings.keyframes, self.candidates)  # a file may end before its header says
         return select(embeddings, relevance, count, self._settings.similar)
 
+    def stop(self) -> None:
+        """Nobody wants the rest; from any thread."""
+        self._stopped.set()
+
+    def go_on(self) -> None:
+        """Raises InputError after `stop`."""
+        if self._stopped.is_set():
+            raise InputError("the long video was given up before it was read to its end; watch it again")
+
     def spans(self) -> Iterator[Span]:
         """What is left, in the order of time: a key candidate's tokens, and runs of merged ones.
 
         Raises:
-            EngineError: the merger failed.
+            MergerError: the merger failed.
+            InputError: it was stopped.
         """
         keys = sorted(self.keyframes().tolist()) if self.candidates else []
         key_features = None
@@ -135,7 +153,7 @@ class LongVideo:
                     self._merge(range(first, min(first + MERGED_AT_ONCE, end)), key_features)
                     for first in range(start, end, MERGED_AT_ONCE)
                 ]
-                yield Span(np.concatenate(tokens), start * self._frames + 1, end * self._frames)
+                yield Span(np.concatenate(tokens), start * self._frames + 1, end * self._frames, merged=True)
 
     def _whole(self, key: int) -> Iterator[Span]:
         """A key candidate, each time step of which is told apart."""
@@ -146,14 +164,17 @@ class LongVideo:
             yield Span(tokens, first + 1, first + frames)
 
     def _merge(self, candidates: range, key_features: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        features = np.stack([self._features(candidate) for candidate in candidates])
-        return self._merger.merge(
-            features,
-            self._query.vector,
-            key_features,
-            self._settings.redundancy_weight,
-            self._settings.temperature,
-        )
+        self.go_on()
+        features, settings = np.stack([self._features(candidate) for candidate in candidates]), self._settings
+        try:
+            return self._merger.merge(
+                features, self._query.vector, key_features, settings.redundancy_weight, settings.temperature
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            first, last = candidates.start * self._frames + 1, candidates.stop * self._frames
+            raise MergerError(f"the merger failed on the frames {first} to {last}: {error}") from error
 
     def _tokens(self, candidate: int) -> NDArray[np.float32]:
         return self._spool.read(candidate * (1 + self._features_apart))
@@ -166,23 +187,30 @@ class LongVideo:
 
 
 class Spool:
-    """Arrays on disk, where the system keeps temporary files, and not in memory."""
+    """Arrays on disk, where the system keeps temporary files, and not in memory.
+
+    Raises:
+        InputError: the disk is full.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="liteframe-")  # noqa: SIM115 - lives as long as this
+        try:
+            # unbuffered: what a buffer holds when the disk is full would be tried again at every later call
+            self._file = tempfile.TemporaryFile(prefix="liteframe-", buffering=0)  # noqa: SIM115 - stays open
+        except OSError as error:
+            raise _no_room(error) from None
         self._places: list[tuple[int, tuple[int, ...]]] = []
 
     def append(self, array: NDArray[np.float32]) -> None:
         """Raises InputError when the disk is full."""
+        rest = np.ascontiguousarray(array, np.float32).reshape(-1).view(np.uint8).data
         try:
-            self._file.seek(0, 2)
-            self._places.append((self._file.tell(), array.shape))
-            self._file.write(np.ascontiguousarray(array, np.float32).data)
+            place = self._file.seek(0, 2)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise InputError(
-                f"{tempfile.gettempdir()}: the visual tokens of a long video can't be kept there ({error.strerror}); "
-                "make room, or set TMPDIR to a folder with room"
-            ) from None
+            raise _no_room(error) from None
+        self._places.append((place, array.shape))
 
     def read(self, number: int) -> NDArray[np.float32]:
         place, shape = self._places[number]
@@ -192,7 +220,15 @@ class Spool:
         return array
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
+
+
+def _no_room(error: OSError) -> InputError:
+    return InputError(
+        f"{tempfile.tempdir or 'temporary files'}: the visual tokens of a long video can't be kept there "
+        f"({error.strerror}); make room, or set TMPDIR to a folder with room"
+    )
 
 
 def check_mode(mode: Mode, model: Model) -> None:

@@ -178,8 +178,15 @@ class OrtQueryEncoder:
         self._session = _session(path, provider, threads, None)
 
     def encode(self, ids: list[int]) -> NDArray[np.float32]:
-        """Token ids of a question -> its vector float32 (C,)."""
-        (query,) = self._session.run(["query"], {"input_ids": np.array([ids], np.int64)})
+        """See `engine.QueryEncoder`; how many ids it takes only running it tells."""
+        options = ort.RunOptions()
+        options.log_severity_level = 4  # the error is told below
+        try:
+            (query,) = self._session.run(["query"], {"input_ids": np.array([ids], np.int64)}, options)
+        except Exception as error:  # the library's errors share no base class
+            raise InputError(
+                f"the query encoder failed on a question of {len(ids)} tokens: {error}; ask a shorter question"
+            ) from None
         return np.asarray(query[0], np.float32)
 
 

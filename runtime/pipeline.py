@@ -293,6 +293,18 @@ class Pipeline:
         self._clips.put(request)
         return request.done
 
+    def settle(self) -> Future[Any]:
+        """What was put in before is read to its end; see `Conversation.settle` and `Conversation.end_long`."""
+
+        def run() -> None:
+            with self._span("language model", "llm_ms"):
+                if self.conversation.long is None:
+                    self.conversation.settle()
+                else:
+                    self.conversation.end_long()
+
+        return self.submit(run)
+
     def begin_stream(self) -> None:
         """What is put in from here on is a stream's; see `Conversation.begin_stream`."""
         self.submit(self._begin_stream)
@@ -330,6 +342,10 @@ class Pipeline:
         if self._errors:
             raise self._errors.popleft()
 
+    def forget_errors(self) -> None:
+        """Of what was given up nobody wants to know."""
+        self._errors.clear()
+
     def read(self, items: Iterator[Item], in_turn: bool) -> Iterator[Item]:
         """The same items; the trace is told how long each took to come.
 
@@ -352,9 +368,11 @@ class Pipeline:
         """Ends what is being done, and joins the threads. What waits is dropped."""
         self._clips.close()
         self._tokens.close()
+        self.conversation.stop_long()
         for thread in self._threads:
             if thread is not threading.current_thread():  # where the garbage collector happens to run
                 thread.join()
+        self.conversation.give_up_long()
 
     # -- the threads --------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,8 @@ class Searcher:
             searched: a question, or a picture uint8 (H, W, 3), RGB.
 
         Raises:
-            InputError: an empty question, or a picture of another type or shape.
+            InputError: a question that is empty, not Unicode, with a control token, or too long for the query encoder;
+                a picture of another type or shape.
         """
         if isinstance(searched, str):
             return self._of_text(searched)
@@ -72,6 +73,7 @@ class Searcher:
     def _of_text(self, question: str) -> Query:
         if not question.strip():
             raise InputError("the question that a long video is searched for is empty")
+        question = self._text.checked(question)
         if self._query_encoder is not None and self._tokenizer is not None:
             return Query.of(self._query_encoder.encode(self._tokenizer.encode(question).ids)[None])
         return Query.of(self._text.embed_words(question))

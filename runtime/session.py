@@ -30,7 +30,7 @@ from .clips import read_clips, resize
 from .conversation import Conversation, Entry
 from .cuda import DeviceFrames, is_on_device
 from .engine import EngineError, open_engines
-from .long_video import LongVideo, Mode, check_long_frames, check_mode
+from .long_video import LongVideo, MergerError, Mode, check_long_frames, check_mode
 from .pipeline import Answer, Backpressure, Clip, Pipeline, Stats
 from .search import Searcher, has_features
 from .text import ChatText, Sampler
@@ -153,10 +153,13 @@ class VideoSession:
                     clips = self._expected(clips, -(-expected // clip), tiler, thumbnail)
                 self._read(clips, progress)
             except BaseException:
+                conversation = self._pipeline.conversation
+                conversation.stop_long()
                 self._pipeline.discard()
-                self._pipeline.submit(self._pipeline.conversation.give_up_long)
                 with suppress(InputError):  # closed
+                    self._pipeline.submit(conversation.give_up_long)
                     self._pipeline.submit(lambda: self._begin(*before)).result()
+                self._pipeline.forget_errors()
                 self._live = before[1]
                 raise
 
@@ -178,9 +181,13 @@ class VideoSession:
     def _begin_long(self, mode: Mode, query: str | NDArray[np.uint8]) -> None:
         if self._searcher is None:
             self._searcher = Searcher(self.package, self._text, self.engines[0], self._threads)
-        conversation = self._pipeline.conversation
-        searcher = self._searcher
-        conversation.long = LongVideo(mode, searcher.query(query), self.model, searcher.merger, searcher.trained)
+        searcher, conversation = self._searcher, self._pipeline.conversation
+        searched = searcher.query(query)
+
+        def begin() -> None:
+            conversation.long = LongVideo(mode, searched, self.model, searcher.merger, searcher.trained)
+
+        self._pipeline.submit(begin).result()  # there, so that one that closes the session meanwhile finds it
 
     def reset(self) -> None:
         """Forgets what was seen and said; a video or a stream may begin."""
@@ -217,8 +224,7 @@ class VideoSession:
             yield clip
 
     def _read(self, clips: Iterator[ReadClip], progress: Callable[[int], object]) -> None:
-        conversation = self._pipeline.conversation
-        with_features = conversation.long is not None and has_features(self.package)
+        with_features = self._pipeline.conversation.long is not None and has_features(self.package)
         told = 0
 
         def tell() -> None:
@@ -231,13 +237,13 @@ class VideoSession:
         for clip in clips:
             self._pipeline.put(Clip(clip.frames, given=0, features=with_features))
             tell()
-        read = self._pipeline.submit(conversation.end_long if conversation.long else conversation.settle)
+        read = self._pipeline.settle()
         while not wait([read], timeout=0.05).done:
             tell()
         tell()
         try:
             read.result()
-        except InputError:
+        except (InputError, MergerError):
             raise
         except Exception as error:
             raise EngineError(f"the decoder failed on the video: {error}") from error

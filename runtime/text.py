@@ -37,12 +37,18 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # unlike jinja's, escapes nothing for HTML
 
 
+def numbered(text: str, first: int, last: int) -> str:
+    """A prefix of visual tokens with the numbers of their frames."""
+    return text.replace("{first}", str(first)).replace("{last}", str(last))
+
+
 class ChatText:
     """
     Args:
         template: Jinja.
         special_tokens: what the template may ask for by name.
         embeddings: (vocabulary, D).
+        run_prefix: instead of `unit_prefix` in front of a run of merged frames; None where that has no other.
 
     Raises:
         jinja2.TemplateError: the template does not parse.
@@ -57,10 +63,12 @@ class ChatText:
         unit_suffix: str,
         end_of_turn: Iterable[int],
         embeddings: NDArray[Any],
+        run_prefix: str | None = None,
     ):
         self._tokenizer, self._embeddings, self._special = tokenizer, embeddings, special_tokens
         self._control = [t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special]
         self._unit_prefix, self._unit_suffix = unit_prefix, unit_suffix
+        self._run_prefix = unit_prefix if run_prefix is None else run_prefix
         self.end_of_turn = frozenset(end_of_turn)
         # as transformers renders chat templates
         environment = ImmutableSandboxedEnvironment(
@@ -83,6 +91,7 @@ class ChatText:
                 text.unit_suffix,
                 text.end_of_turn,
                 np.load(package.path(text.embeddings), mmap_mode="r", allow_pickle=False),
+                text.run_prefix,
             )
         except jinja2.TemplateError as error:
             raise InputError(f"{path}: the chat template does not parse ({error})") from None
@@ -106,7 +115,7 @@ class ChatText:
             InputError: the question holds a control token or is not Unicode, or the template drops what it is given.
         """
         video = _VIDEO if with_video else ""
-        content = video + self._checked(question)
+        content = video + self.checked(question)
         if first:
             rendered = self._render([("user", content)])
         else:
@@ -128,10 +137,11 @@ class ChatText:
             )
         return after
 
-    def unit(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """Ids before and after the visual tokens of one unit, whose frames are numbered first to last from 1."""
-        prefix = self._unit_prefix.replace("{first}", str(first)).replace("{last}", str(last))
-        return self._encode(prefix), self._encode(self._unit_suffix)
+    def unit(self, first: int, last: int, merged: bool = False) -> tuple[list[int], list[int]]:
+        """Ids before and after the visual tokens of one unit, or of a run of merged frames; these are numbered first to
+        last from 1."""
+        prefix = self._run_prefix if merged and first != last else self._unit_prefix
+        return self._encode(numbered(prefix, first, last)), self._encode(self._unit_suffix)
 
     def stream(self, ids: Iterator[int]) -> Iterator[str]:
         """Text as it becomes complete: a character of several tokens waits for the last of them, or for the end."""
@@ -148,7 +158,8 @@ class ChatText:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _checked(self, question: str) -> str:
+    def checked(self, question: str) -> str:
+        """The same. Raises InputError when it holds a control token or is not Unicode."""
         try:
             question.encode()
         except UnicodeEncodeError:

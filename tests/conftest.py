@@ -266,6 +266,7 @@ def tiny_manifest():
                 special_tokens={"eos_token": "<|im_end|>"},
                 unit_prefix="Frames {first}-{last}: ",
                 unit_suffix="\n",
+                run_prefix=None,
                 notice="random weights",
             ),
             graphs=graphs,

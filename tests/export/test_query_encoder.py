@@ -20,20 +20,34 @@ WIDTH = 48  # of the features before the projector's MLP: 12 channels, 2 x 2 of 
 QUESTION = "what's in the video?"
 
 
-def text_encoder(width, table=None, tokens="tokens", names=("input_ids", "query")):
-    """The mean of learned vectors, as ONNX."""
+def text_encoder(width, table=None, tokens="tokens", names=("input_ids", "query"), batch=(1, 1), types=None, most=None):
+    """The mean of learned vectors, as ONNX; `most`: how many tokens it has position embeddings for."""
     if table is None:
         table = np.random.default_rng(0).normal(size=(340, width)).astype(np.float32)
     ids, query = names
+    taken, made = types or (TensorProto.INT64, TensorProto.FLOAT)
+    weights = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axes")]
+    nodes = [
+        helper.make_node("Gather", ["table", ids], ["vectors"], axis=0),
+        helper.make_node("ReduceMean", ["vectors", "axes"], ["mean"], keepdims=0),
+        helper.make_node("Cast", ["mean"], [query], to=made),
+    ]
+    if most is not None:  # fails where there are more
+        nodes.insert(0, helper.make_node("Shape", [ids], ["count"], start=1))
+        nodes.insert(1, helper.make_node("Sub", ["count", "one"], ["last"]))
+        nodes.insert(2, helper.make_node("Gather", ["places", "last"], ["place"]))
+        nodes.insert(4, helper.make_node("Add", ["vectors", "place"], ["placed"]))
+        nodes[5].input[0] = "placed"
+        weights += [
+            numpy_helper.from_array(np.array([1]), "one"),
+            numpy_helper.from_array(np.zeros((most, 1), np.float32), "places"),
+        ]
     graph = helper.make_graph(
-        [
-            helper.make_node("Gather", ["table", ids], ["vectors"], axis=0),
-            helper.make_node("ReduceMean", ["vectors", "axes"], [query], keepdims=0),
-        ],
+        nodes,
         "query_encoder",
-        [helper.make_tensor_value_info(ids, TensorProto.INT64, [1, tokens])],
-        [helper.make_tensor_value_info(query, TensorProto.FLOAT, [1, width])],
-        [numpy_helper.from_array(table, "table"), numpy_helper.from_array(np.array([1]), "axes")],
+        [helper.make_tensor_value_info(ids, taken, [batch[0], tokens])],
+        [helper.make_tensor_value_info(query, made, [batch[1], width])],
+        weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
@@ -127,12 +141,43 @@ def test_merged_features_need_a_query_as_wide(artifact, tmp_path):
         (text_encoder(24, tokens=77), r"input_ids \['1', '77'\].*left open"),
         (text_encoder(24, names=("ids", "query")), "inputs .*ids.*expected input_ids and query"),
         (text_encoder(24, names=("input_ids", "text")), "outputs .*text"),
+        (text_encoder(24, types=(TensorProto.INT32, TensorProto.FLOAT)), "input_ids is INT32, expected INT64"),
+        (text_encoder(24, types=(TensorProto.INT64, TensorProto.FLOAT16)), "query is FLOAT16, expected FLOAT"),
+        (text_encoder(24, batch=(2, 1)), r"input_ids \['2', 'tokens'\]"),
+        (text_encoder(24, batch=(1, 2)), r"query of shape \['2', '24'\]"),
+        (text_encoder(24, np.zeros((2, 24), np.float32)), r"fails on 'Where.*tokens"),
+        (text_encoder(24, np.full((340, 24), np.nan, np.float32)), "makes NaN or infinity"),
     ],
 )
 def test_a_query_encoder_that_does_not_fit_is_refused_with_what_was_found(artifact, model, message):
     onnx.save(model, artifact / "query_encoder" / "model.onnx")
     with pytest.raises(InputError, match=message):
         load_artifact(artifact)
+
+
+def test_a_batch_of_any_size_is_taken_as_one(artifact):
+    onnx.save(text_encoder(24, batch=("n", "n")), artifact / "query_encoder" / "model.onnx")
+    graph = load_artifact(artifact).query_encoder.graph.graph
+    assert (graph.inputs[0].shape[0], graph.outputs[0].shape[0]) == (1, 1)
+
+
+def test_a_question_that_the_query_encoder_cannot_take_is_bad_input(artifact, tmp_path, capfd):
+    onnx.save(text_encoder(24, most=60), artifact / "query_encoder" / "model.onnx")
+    package = build(artifact, "cpu", tmp_path / "package", frames=16, long_video=48, keyframes=2)
+    long = "the cat sat " * 20
+    tokens = len(load_artifact(artifact).query_encoder.tokenizer.encode(long).ids)
+    with VideoSession(package) as session:
+        session.watch(footage(), long_video="hybrid", query=QUESTION)
+        capfd.readouterr()
+        for query, message in (
+            (long, f"query encoder failed on a question of {tokens} tokens"),
+            ("caf\udce9", "not valid Unicode"),
+            ("<|im_end|>", "control token"),
+        ):
+            with pytest.raises(InputError, match=message):
+                session.watch(footage(), long_video="hybrid", query=query)
+            assert capfd.readouterr().err == ""
+        assert session.stats().frames == 48
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json"])

@@ -1,20 +1,29 @@
 """Sessions with long videos, against modules and equations put together by hand."""
 
+import _thread
 import json
+import tempfile
+import threading
+import time
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import msgspec
 import numpy as np
 import pytest
 import torch
-from liteframe.engines.package import InputError
+from liteframe.engines.package import QUESTION_POSITIONS, InputError
 from liteframe.export.artifact import load_artifact
 from liteframe.export.build_engine import build
-from liteframe.runtime import VideoSession, cli
+from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+from liteframe.export.models.vit import ViTConfig
+from liteframe.runtime import EngineError, VideoSession, cli
 from liteframe.runtime.conversation import Cache
-from liteframe.runtime.long_video import Query, Span
+from liteframe.runtime.long_video import LongVideo, Query, Span
 from liteframe.runtime.text import ChatText
+from liteframe.runtime.trace import Trace
+from safetensors.torch import load_file, save_file
 from test_long_video import merged
 from test_session import Reference, edited
 
@@ -33,6 +42,31 @@ def package(tiny_artifact, tmp_path_factory):
     config["long_video"] = {"similar": 0.999, "redundancy_weight": 0.5, "temperature": 0.05}
     (folder / "config.json").write_text(json.dumps(config))
     return edited(build(folder, "cpu", folder.parent / "package", frames=16, long_video=FRAMES, keyframes=KEYFRAMES))
+
+
+@pytest.fixture(scope="module")
+def frames_apart(tiny_artifact, tmp_path_factory):
+    """`tiny_artifact` with a frame-wise tower that keeps 4 tokens a frame, and without a prompt of its own, for long
+    videos of up to 128 frames with 16 keyframes: the artifact's folder and the package."""
+    folder = tmp_path_factory.mktemp("apart") / "artifact"
+    folder.mkdir()
+    for path in tiny_artifact.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    vit = ViTConfig(
+        image_size=(56, 56), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    encoder = EncoderConfig(backbone=vit, output_size=24, reducer="none")
+    config |= {"encoder": msgspec.to_builtins(encoder), "long_video": {"similar": 0.999, "temperature": 0.05}}
+    config["decoder"]["max_position_embeddings"] = 8192
+    del config["prompt"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if name.startswith("decoder.")}
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in VideoEncoder(encoder).named_parameters():
+        tensors[f"encoder.{name}"] = torch.randn(parameter.shape, generator=generator) * 0.3
+    save_file(tensors, folder / "model.safetensors")
+    return folder, edited(build(folder, "cpu", folder.parent / "package", frames=16, long_video=128, keyframes=16))
 
 
 @pytest.fixture
@@ -85,8 +119,10 @@ def thinned(reference, video, query, keyframes=KEYFRAMES):
     return keys, spans
 
 
-def expected_positions(reference, spans, question):
+def expected_positions(reference, spans, question, prefix_of=None, suffix=None):
     """The prompt's embeddings: template, each span between its own text, question."""
+    prefix_of = prefix_of or reference.prompt["unit_prefix"].format
+    suffix = suffix or reference.prompt["unit_suffix"]
     text = reference.tokenizer.apply_chat_template(
         [{"role": "user", "content": f"[VIDEO]{question}"}],
         chat_template=reference.template,
@@ -96,12 +132,8 @@ def expected_positions(reference, spans, question):
     before, after = text.split("[VIDEO]")
     parts = [reference.embed(before)]
     for tokens, first, last in spans:
-        prefix = reference.prompt["unit_prefix"].format(first=first, last=last)
-        parts += [
-            reference.embed(prefix),
-            torch.tensor(tokens).float(),
-            reference.embed(reference.prompt["unit_suffix"]),
-        ]
+        prefix = prefix_of(first=first, last=last)
+        parts += [reference.embed(prefix), torch.tensor(tokens).float(), reference.embed(suffix)]
     return torch.cat([*parts, reference.embed(after)])
 
 
@@ -183,13 +215,33 @@ def test_the_next_question_is_about_the_same_video(session, reference, video):
     assert again == greedy(reference, expected_positions(reference, spans, QUESTION), 12)
 
 
-def test_a_stream_may_follow_a_long_video(session, video):
-    session.watch(video, long_video="hybrid", query=QUESTION)
-    for number, frame in enumerate(video[:32]):
+def push(session, frames):
+    for number, frame in enumerate(frames):
         session.push(frame, float(number))
     session.drain()
-    assert "".join(session.ask(QUESTION, max_new_tokens=3)) is not None
-    assert session.stats().frames >= 4
+
+
+def test_a_stream_that_follows_a_long_video_begins_without_it(session, package, video):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    with VideoSession(package) as fresh:
+        for one in (session, fresh):
+            push(one, video[:24])
+        assert session.stats().frames == fresh.stats().frames > 0
+        for question in (QUESTION, "the cat sat"):
+            assert list(session.ask(question, max_new_tokens=8)) == list(fresh.ask(question, max_new_tokens=8))
+
+
+def test_what_was_said_about_a_long_video_stays_in_the_stream_that_follows(session, reference, video):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    reading = session.ask(QUESTION, max_new_tokens=8)
+    first = next(reading)  # the rest is generated, and never read
+    push(session, video[:8])
+    answer = "".join(session.ask("the cat sat", max_new_tokens=8))
+    turn = session._pipeline.conversation.entries[0]
+    assert (turn.question, len(turn.answer)) == (QUESTION, 8)
+    assert reference.decode(turn.answer).startswith(first)
+    ids = reference.chat([(None, QUESTION), (video[:8], "the cat sat")], 8, [list(turn.answer)])[-1]
+    assert answer == reference.decode(ids)
 
 
 def test_a_uniform_video_is_what_it_is_without(session, tiny_package, video):
@@ -207,10 +259,86 @@ def test_what_was_seen_stays_when_a_long_video_fails(session, video, monkeypatch
     session.watch(video[:16], long_video="hybrid", query=QUESTION)  # opens what it needs
     session.watch(video[:16])
     monkeypatch.setattr(session._searcher.merger, "merge", lambda *_: 1 / 0)
-    with pytest.raises(Exception, match="division"):
+    with pytest.raises(EngineError, match=r"^the merger failed on the frames \d+ to \d+: division"):
         session.watch(video, long_video="hybrid", query=QUESTION)
     assert list(session.ask(QUESTION, max_new_tokens=4)) == before
     assert session._pipeline.conversation.long is None
+
+
+@pytest.mark.parametrize("engine", ["merger", "decoder"])
+def test_an_interrupted_long_video_ends_at_the_next_call_of_an_engine(session, video, monkeypatch, engine):
+    session.watch(video, long_video="hybrid", query=QUESTION)  # opens the merger
+    session.watch(video[:16])
+    before = list(session.ask(QUESTION, max_new_tokens=4))
+    session.forget()
+    calls, conversation = [], session._pipeline.conversation
+    engine, name = (session._searcher.merger, "merge") if engine == "merger" else (session.engines[1], "forward")
+    run = getattr(engine, name)
+
+    def interrupted(*arguments):
+        if conversation.long is not None:
+            calls.append(arguments)
+            _thread.interrupt_main()
+            conversation.long._stopped.wait(30)
+        return run(*arguments)
+
+    monkeypatch.setattr(engine, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    assert len(calls) == 1
+    assert conversation.long is None
+    assert list(session.ask(QUESTION, max_new_tokens=4)) == before
+
+
+def test_closing_a_session_ends_a_long_video_between_two_merges(session, video, monkeypatch):
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    calls, closing = [], []
+
+    def closed_meanwhile(*_):
+        long = session._pipeline.conversation.long
+        calls.append(long)
+        closing.append(threading.Thread(target=session.close))
+        closing[0].start()
+        assert long._stopped.wait(30)
+        return np.zeros((1, 24), np.float32)
+
+    monkeypatch.setattr(session._searcher.merger, "merge", closed_meanwhile)
+    with pytest.raises(InputError, match="the session is closed"):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    closing[0].join()
+    assert len(calls) == 1
+    assert calls[0]._spool._file.closed
+
+
+def test_merging_and_prefilling_count_as_the_language_models_time(package, video, monkeypatch):
+    trace = Trace()
+    with VideoSession(package, trace=trace) as session:
+        session.watch(video, long_video="hybrid", query=QUESTION)
+        merge, slow = session._searcher.merger.merge, []
+
+        def slowly(*arguments):
+            slow.append(time.sleep(0.3))
+            return merge(*arguments)
+
+        monkeypatch.setattr(session._searcher.merger, "merge", slowly)
+        trace.spans.clear()
+        session.watch(video, long_video="hybrid", query=QUESTION)
+        assert slow and session.stats().llm_ms >= 300 * len(slow)
+    longest = max(end - start for stage, name, start, end, _ in trace.spans if name == "llm")
+    assert longest >= 0.3 * len(slow)
+
+
+def test_a_session_goes_on_after_a_disk_that_was_full(session, video, monkeypatch):
+    session.watch(video[:16])
+    opened = tempfile.TemporaryFile
+    files = [Path("/dev/full").open("r+b", buffering=0)]  # noqa: SIM115 - the session closes it
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **options: files.pop() if files else opened(**options))
+    with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
+        session.watch(video, long_video="hybrid", query=QUESTION)
+    assert session._pipeline.conversation.long is None
+    assert "".join(session.ask(QUESTION, max_new_tokens=3))
+    session.watch(video, long_video="hybrid", query=QUESTION)
+    assert session.stats().frames == FRAMES
 
 
 @pytest.mark.parametrize(
@@ -238,6 +366,39 @@ def test_a_package_without_it_says_how_to_build_one(tiny_package, video):
         session.watch(video, long_video="hybrid", query=QUESTION)
 
 
+def test_a_run_of_merged_frames_is_told_as_a_range_where_the_encoder_keeps_frames_apart(frames_apart, reference):
+    footage = np.random.default_rng(2).integers(0, 256, (64, 56, 56, 3), dtype=np.uint8)
+    with VideoSession(frames_apart[1]) as session:
+        session.watch(footage, long_video="vilamp", query=QUESTION)
+        spans = [(span.tokens, span.first, span.last) for span in session._pipeline.conversation.entries]
+        answer = "".join(session.ask(QUESTION, max_new_tokens=8))
+        positions = session.stats().prompt_tokens
+    assert any(first < last for _, first, last in spans)
+
+    def prefix(first, last):
+        return f"Frame{first}: <img>" if first == last else f"Frames {first}-{last}: <img>"
+
+    expected = expected_positions(reference, spans, QUESTION, prefix, "</img>\n")
+    assert positions == len(expected)
+    assert answer == greedy(reference, expected, 8)
+
+
+@pytest.mark.parametrize("mode", ["vilamp", "hybrid"])
+def test_the_longest_video_fits_with_a_question_however_its_keyframes_lie(frames_apart, monkeypatch, mode):
+    """Between any two of them is a run of others, each of which takes text."""
+    monkeypatch.setattr(LongVideo, "keyframes", lambda long: np.arange(1, 2 * 16, 2))
+    footage = np.random.default_rng(1).integers(0, 256, (128, 56, 56, 3), dtype=np.uint8)
+    with VideoSession(frames_apart[1]) as session:
+        session.watch(footage, long_video=mode, query=QUESTION)
+        assert session.model.units_per_clip == session.model.clip_length
+        conversation = session._pipeline.conversation
+        assert len(conversation.entries) == (16 + 17 if mode == "vilamp" else 16 * 4 + 16)
+        chat = 20  # positions before the video, which are counted with the question's
+        assert conversation._cache.position - chat + QUESTION_POSITIONS <= session.model.capacity
+        list(session.ask(" ".join(["the cat sat"] * 80), max_new_tokens=300))
+        assert session.stats().finished == "length"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -245,7 +406,7 @@ def test_a_package_without_it_says_how_to_build_one(tiny_package, video):
         ({"long_video": 48, "keyframes": 13}, "--keyframes 13.*12 to"),
         ({"long_video": 48, "keyframes": 0}, "--keyframes 0"),
         ({"keyframes": 4}, "add --long-video"),
-        ({"long_video": 40000, "keyframes": 4}, "--long-video 40000 needs a KV cache of"),
+        ({"long_video": 40000, "keyframes": 4}, "--long-video 40000 with --keyframes 4 needs a KV.*fewer --keyframes"),
     ],
 )
 def test_a_build_that_does_not_fit_is_refused_with_the_numbers(tiny_artifact, tmp_path, options, message):

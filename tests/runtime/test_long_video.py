@@ -1,6 +1,8 @@
 """Long videos in few positions: what is kept of a video's clips, and whole sessions with it."""
 
-from pathlib import Path
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -161,13 +163,40 @@ def test_a_query_of_another_width_is_refused_with_both():
         spans_of(random_clips(2), query=Query.of(np.ones((1, 5), np.float32)))
 
 
-def test_a_full_disk_is_named(monkeypatch):
-    video = LongVideo("hybrid", Query.of(np.ones((1, WIDTH), np.float32)), model(), ByHand(), True)
-    video.close()
-    with Path("/dev/full").open("r+b", buffering=0) as full:
-        video._spool._file = full
-        with pytest.raises(InputError, match=r"No space left.*TMPDIR"):
-            video.add(random_clips(1)[0], None)
+LIMITED = """
+import resource, tempfile
+import numpy as np
+from liteframe.engines.package import InputError
+from liteframe.runtime.long_video import Spool
+
+array = np.arange(24, dtype=np.float32)  # 96 bytes
+tempfile.gettempdir()  # tries it out by writing
+for limit in range(0, 4 * array.nbytes, 40):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    spool, kept = Spool(), 0
+    try:
+        while True:
+            spool.append(array)
+            kept += 1
+    except InputError as error:
+        assert "File too large" in str(error) and "TMPDIR" in str(error), error
+    assert kept == limit // array.nbytes, (limit, kept)
+    for number in range(kept):
+        np.testing.assert_array_equal(spool.read(number), array)
+    spool.close()
+print("done")
+"""
+
+
+def test_a_full_disk_is_named_wherever_it_ends_and_what_was_kept_can_be_read_and_closed():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_no_room_for_a_temporary_file_is_named(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(InputError, match=r"^/proc: .*TMPDIR"):
+        spans_of(random_clips(1))
 
 
 def test_a_package_that_was_not_built_for_it_is_refused():

@@ -183,6 +183,14 @@ def test_text_around_a_unit_names_its_frames(make, tokenizer):
     before, after = text.unit(17, 20)
     assert tokenizer.decode(before) == "17..20 of 17 {x}"
     assert tokenizer.decode(after) == "{first}\n"
+    assert text.unit(17, 20, merged=True)[0] == before
+
+
+def test_a_run_of_merged_frames_has_a_prefix_of_its_own(make, tokenizer):
+    text = make(TEMPLATES["chatml"], unit_prefix="Frame{first}: ", run_prefix="Frames {first}-{last}: ")
+    shown = [((2, 200), True), ((2, 200), False), ((5, 5), True), ((5, 5), False)]
+    prefixes = [tokenizer.decode(text.unit(*frames, merged)[0]) for frames, merged in shown]
+    assert prefixes == ["Frames 2-200: ", "Frame2: ", "Frame5: ", "Frame5: "]
 
 
 def test_embeddings_are_rows_of_the_table(chat):
