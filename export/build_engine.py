@@ -61,7 +61,7 @@ from .trace import WeightsFile, trace_decoder, trace_encoder, trace_merger
 from .verify import Verifier, sample_clips
 
 CHUNK = 512
-CPU_LONG_CHUNK = 128  # ONNX Runtime's CPU attention takes memory for each position of a chunk with each of the cache
+CPU_LONG_CHUNK = 64  # ONNX Runtime's CPU attention takes memory for each position of a chunk with each of the cache
 KEYFRAMES = 32
 MERGED_AT_ONCE = 32  # clips or frames
 QUERY_TOKENS = 512

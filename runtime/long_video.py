@@ -85,7 +85,9 @@ class LongVideo:
         self._spool = Spool()
         self._stopped = threading.Event()
         self._features_apart, self._trained = False, trained
-        self._embeddings: list[NDArray[np.float32]] = []
+        most = self._settings.max_frames // self._frames
+        # in one piece, which goes back to the system; thousands of small ones would leave holes
+        self._embeddings = np.empty((most, query.vector.shape[0]), np.float32)
         self._relevance: list[float] = []
 
     @property
@@ -107,7 +109,7 @@ class LongVideo:
                 "the artifact's query encoder must be as wide as what it is compared with"
             )
         for number, candidate in enumerate(np.split(compared, self._units)):
-            self._embeddings.append(candidate.mean(0))
+            self._embeddings[self.candidates] = candidate.mean(0)
             self._relevance.append(self._query.relevance(candidate))
             self._spool.append(np.split(tokens, self._units)[number])
             if features is not None:
@@ -115,13 +117,13 @@ class LongVideo:
 
     @property
     def candidates(self) -> int:
-        return len(self._embeddings)
+        return len(self._relevance)
 
     def keyframes(self) -> NDArray[np.int64]:
         """Numbers of the key candidates, most relevant first; `keyframes` of them, or fewer where fewer differ."""
-        embeddings, relevance = np.stack(self._embeddings), np.array(self._relevance, np.float32)
+        embeddings, relevance = self._embeddings[: self.candidates], np.array(self._relevance, np.float32)
         if not self._trained:
-            embeddings -= embeddings.mean(0)
+            embeddings = embeddings - embeddings.mean(0)
         count = min(self._settings.keyframes, self.candidates)  # a file may end before its header says
         return select(embeddings, relevance, count, self._settings.similar)
 
