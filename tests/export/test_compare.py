@@ -404,8 +404,6 @@ def test_empty_modules_stand_only_while_they_are_needed(tmp_path, monkeypatch):
 
 
 def test_fastvlms_encoder_gives_a_token_for_every_64_x_64_pixels():
-    if not peers.has_timm():
-        pytest.skip("timm is not installed")
     encoder = peers.FastVLMEncoder("fastvit_mci3", (128, 64), 4, 24)
     assert encoder.tokens_per_clip == 4 * 2
     assert sum(parameter.numel() for parameter in encoder.backbone.parameters()) == pytest.approx(125e6, rel=0.02)

@@ -21,8 +21,8 @@ def similarities(frames: Tensor) -> Tensor:
     return torch.cosine_similarity(frames[:-1], frames[1:], dim=1)
 
 
-def segments(frames: Tensor, fewest: int, threshold: float) -> list[int]:
-    """Lengths of the segments of a video: cut at its `fewest` - 1 greatest changes (at all, if it has fewer), and
+def segments(frames: Tensor, fewest: int, threshold: float) -> list[slice]:
+    """Frames of each segment of a video: cut at its `fewest` - 1 greatest changes (at all, if it has fewer), and
     wherever the cosine of neighbouring frames is below `threshold`.
 
     Args:
@@ -31,8 +31,8 @@ def segments(frames: Tensor, fewest: int, threshold: float) -> list[int]:
     similarity = similarities(frames)
     greatest = similarity.topk(min(fewest - 1, len(similarity)), largest=False)[1]
     cuts = mark(greatest, len(similarity)) | (similarity < threshold)
-    ends = [*(cuts.nonzero()[:, 0] + 1).tolist(), len(frames)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    starts = [0, *(cuts.nonzero()[:, 0] + 1).tolist()]
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(frames)], strict=True)]
 
 
 def onevision(
@@ -57,12 +57,10 @@ def onevision(
     count = tokens.shape[1]
     kept = int(count * retention)
     context = int(kept * share)
-    out, start = [], 0
-    for length in segments(frames, fewest, threshold):
-        part = slice(start, start + length)
+    out = []
+    for part in segments(frames, fewest, threshold):
         x, place, anchor = reduce_segment(tokens[None, part], attention[None, part], kept - context, context)
-        out.append((x[0], place[0] + start * count, anchor[0]))
-        start += length
+        out.append((x[0], place[0] + part.start * count, anchor[0]))
     return _joined(out)
 
 
@@ -86,9 +84,9 @@ def llava_video(
     rows, columns = tokens.shape[1], tokens.shape[2] - 1
     patches = tokens[:, :, :-1].flatten(1, 2)
     kept = int(rows * columns * retention)
-    out, start = [], 0
-    for length in segments(frames, fewest, threshold):
-        part = slice(start, start + length)
+    out = []
+    for part in segments(frames, fewest, threshold):
+        length = part.stop - part.start
         context = int(kept * length * share)
         holders = anchor_frames(length)
         x, place, anchor = _reduce(
@@ -97,8 +95,7 @@ def llava_video(
             dict(enumerate(_shares(kept * length - context, length))),
             dict(zip(holders, _shares(context, len(holders))[::-1], strict=True)),
         )
-        out.append((x, place + start * rows * columns, anchor))
-        start += length
+        out.append((x, place + part.start * rows * columns, anchor))
     x, place, anchor = _joined(out)
     row = place // columns
     newlines = row.unique()
@@ -129,19 +126,18 @@ def qwen(
     count = tokens.shape[1]
     kept = int(count * retention)
     similarity = similarities(frames)
-    out, start = [], 0
-    for length in segments(frames, fewest, threshold):
-        part = slice(start, start + length)
+    out = []
+    for part in segments(frames, fewest, threshold):
+        length = part.stop - part.start
         context = max(int(kept * length * share), 1)
-        last = [i for i in range(length) if i == length - 1 or similarity[start + i] < same]
+        last = [i for i in range(length) if i == length - 1 or similarity[part.start + i] < same]
         holders = [last[i] for i in anchor_frames(len(last))]
         anchors = [min(n, count // 2) for n in _shares(context, len(holders))[::-1]]
         anchors_of = dict(zip(holders, anchors, strict=True))
         salient = _shares(kept * length - context, len(last))
         salient_of = {i: min(n, count - anchors_of.get(i, 0)) for i, n in zip(last, salient, strict=True)}
         x, place, anchor = _reduce(tokens[part], attention[part], salient_of, anchors_of)
-        out.append((x, place + start * count, anchor))
-        start += length
+        out.append((x, place + part.start * count, anchor))
     return _joined(out)
 
 

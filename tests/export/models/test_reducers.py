@@ -237,6 +237,10 @@ VARIANTS = {
 }
 
 
+def lengths(parts: list[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
+
+
 @pytest.mark.parametrize("case", VARIANTS)
 def test_fastvid_reduces_a_video_as_the_original(case):
     reference = References("fastvid", case)
@@ -245,7 +249,7 @@ def test_fastvid_reduces_a_video_as_the_original(case):
         "threshold": float(reference.DySeg_tau),
     }
     frames = reference.arrays["global"]
-    assert fastvid_videos.segments(frames, **options) == reference.out_segment_sizes.tolist()
+    assert lengths(fastvid_videos.segments(frames, **options)) == reference.out_segment_sizes.tolist()
     assert_close(fastvid_videos.similarities(frames), reference.out_adjacent_sim)
     if case == "qwen":
         options["same"] = float(reference.DySeg_ignore)
@@ -399,8 +403,8 @@ def test_a_grid_that_the_shuffle_does_not_divide_has_no_window():
 
 def test_a_video_shorter_than_its_fewest_segments_is_cut_everywhere():
     frames = torch.eye(8)[:4]
-    assert fastvid_videos.segments(frames, fewest=8, threshold=-1.0) == [1, 1, 1, 1]
-    assert fastvid_videos.segments(frames[:1], fewest=8, threshold=-1.0) == [1]
+    assert lengths(fastvid_videos.segments(frames, fewest=8, threshold=-1.0)) == [1, 1, 1, 1]
+    assert lengths(fastvid_videos.segments(frames[:1], fewest=8, threshold=-1.0)) == [1]
 
 
 @pytest.mark.parametrize("window", [(3, 2, 2), (4, 3, 2), (4, 2, 4)])
