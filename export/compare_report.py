@@ -43,7 +43,7 @@ def header(document: Document) -> list[str]:
         f"vision ms: one clip, median of {document['rounds']} rounds in turns, times the clips; ±: half of the "
         "way from the fastest round to the slowest; LLM ms: the prefill of the whole prompt, measured",
         f"frames at equal ms: the most whose total is no more than {document['reference']}'s for "
-        f"{document['frames']} frames, by lines through the prefills that were measured",
+        f"{document['frames']} frames, to {document['alike']:.0%}, by lines through the prefills that were measured",
     ]
 
 

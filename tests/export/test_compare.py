@@ -239,8 +239,8 @@ def test_frames_at_equal_latency_fit_and_a_clip_more_does_not(clip_ms, a_positio
         return clips * clip_ms + a_position * (clips * (tokens + 8) + 40)
 
     assert frames % 4 == 0
-    assert frames == 0 or total(frames // 4) <= budget * (1 + 1e-6)
-    assert total(frames // 4 + 1) > budget * (1 - 1e-6)
+    assert frames == 0 or total(frames // 4) <= budget * (1.02 + 1e-6)
+    assert total(frames // 4 + 1) > budget * (1.02 - 1e-6)
 
 
 def test_encoders_that_are_not_in_the_papers_order_are_named():
