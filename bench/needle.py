@@ -26,8 +26,7 @@ from liteframe.calib.accuracy import Asked
 from liteframe.engines.package import InputError, new_folder, open_package
 from liteframe.runtime.clips import read_clips
 from liteframe.runtime.engine import open_engines
-from liteframe.runtime.keyframes import select
-from liteframe.runtime.long_video import Query
+from liteframe.runtime.long_video import Query, check_long_frames, check_mode, key_candidates
 from liteframe.runtime.plot import curves, heat_map
 from liteframe.runtime.search import Searcher
 from liteframe.runtime.session import VideoSession
@@ -100,8 +99,7 @@ def recall(package_folder: Path, lengths: list[int], count: int) -> dict[str, li
                     places = slice(first, first + lead)
                     vectors, ranks = embeddings[:clips].copy(), relevance[:clips].copy()
                     vectors[places], ranks[places] = [clip.mean(0) for clip in tokens], own
-                    vectors -= 0 if searcher.trained else vectors.mean(0)
-                    kept = select(vectors, ranks, settings.keyframes, settings.similar)
+                    kept = key_candidates(vectors, ranks, settings, searcher.trained)
                     found[name][row, column] += bool(set(kept.tolist()) & set(range(first, first + lead)))
         print(f"\rneedle {number + 1} of {count} searched for", end="", file=sys.stderr)
     print(file=sys.stderr)
@@ -145,7 +143,8 @@ def ask_apart(package: Path, length: int, depth: float, mode: str) -> dict[str, 
     command = [sys.executable, __file__, str(package), "-", "--once", str(length), str(depth), mode]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode} and said nothing"]
+        raise InputError(f"{' '.join(command)}: {said[-1]}")
     row: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(row), flush=True)
     return row
@@ -164,6 +163,10 @@ def main() -> None:
         length, depth, mode = options.once
         print(json.dumps(ask_once(options.package, int(length), float(depth), mode)))
         return
+    model = open_package(options.package).manifest.model
+    check_mode("hybrid", model)
+    for length in options.frames:
+        check_long_frames("hybrid", length, length, model)
     lengths = [str(length) for length in options.frames]
     with new_folder(options.folder) as folder:
         rates = recall(options.package, options.frames, options.needles)

@@ -60,8 +60,10 @@ def _print(package: Package) -> None:
                 print(f"  {line}")
             if part.operators is not None:
                 print(f"  {describe_operators(part)}")
-        figures = ", ".join(f"{name} {value}" for name, value in (part.parity or {}).items())
-        print(f"  against torch: {figures or 'not run, no device for it where it was compiled'}")
+        if part.parity is None:
+            print("  against torch: not run, no device for it where it was compiled")
+        elif part.parity:
+            print(f"  against torch: {', '.join(f'{name} {value}' for name, value in part.parity.items())}")
         table = Table("", "tensor", "type", "shape", "min", "opt", "max", box=None, padding=(0, 1))
         for way, specs in (("in", part.inputs), ("out", part.outputs)):
             for spec in _without_repeats(specs):

@@ -134,11 +134,9 @@ def views_of(tiles: int, thumbnail: bool = True) -> int:
     return tiles + (thumbnail and tiles > 1)
 
 
-def positions(
-    clips: int, views: int, tokens_per_clip: int, units_per_clip: int, unit_text: int = UNIT_TEXT_POSITIONS
-) -> int:
+def positions(clips: int, views: int, tokens_per_clip: int, units_per_clip: int, unit_text: int) -> int:
     """Of the cache that clips take, whose frames the encoder is given in so many views, with their text and a
-    question's; see `Model`. `unit_text`: positions of the text around one unit."""
+    question's; see `Model`."""
     return clips * (views * tokens_per_clip + units_per_clip * unit_text) + QUESTION_POSITIONS
 
 
@@ -169,6 +167,7 @@ class Model(_Strict, frozen=True):
         tokens_per_clip: visual tokens a clip, all units together.
         max_frames, max_tiles: what the package was built for; tiles are a frame's, its thumbnail not counted, and 1 is
             the whole frame. Fewer frames may come in more tiles, as far as they fit `capacity`.
+        unit_text: positions of the cache that are reckoned for the text around one unit.
         capacity: positions that the KV cache may hold.
         max_clips, chunk: the most clips and the most positions that one call of the engines may take.
         long_video: null where the package was not built for such.
@@ -185,6 +184,7 @@ class Model(_Strict, frozen=True):
     head_dim: int
     max_frames: int
     max_tiles: int
+    unit_text: int
     capacity: int
     max_clips: int
     chunk: int
@@ -192,7 +192,8 @@ class Model(_Strict, frozen=True):
 
     def positions(self, frames: int, views: int) -> int:
         """Of the cache that frames take in so many views each, with their text and a question's."""
-        return positions(frames // self.clip_length, views, self.tokens_per_clip, self.units_per_clip)
+        clips = frames // self.clip_length
+        return positions(clips, views, self.tokens_per_clip, self.units_per_clip, self.unit_text)
 
     def most_frames(self, views: int) -> int:
         """How many frames fit the cache in so many views each: whole clips, at most `max_frames`."""

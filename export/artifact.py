@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from ..engines.package import InputError, hash_file, inside
+from ..runtime.text import parse_template
 from .checkpoint import Checkpoint, load_parameters
 from .gguf_decoder import GGUFFile
 from .layouts import (
@@ -233,7 +235,10 @@ def _build_encoder(config: EncoderConfig, reducer: str | None, ratio: int | None
     if reducer is not None or ratio is not None:
         if isinstance(config.backbone, LiteFrameConfig):
             raise ValueError("--reducer and --ratio are for frame-wise towers; a LiteFrame student compresses inside")
-        config = with_reducer(config, reducer or config.reducer, ratio if ratio is not None else config.ratio)
+        reducer = reducer or config.reducer
+        if ratio is None and reducer != "none":
+            ratio = config.ratio
+        config = with_reducer(config, reducer, ratio)
     return _build(VideoEncoder, config)
 
 
@@ -295,6 +300,11 @@ def _load_text(folder: Path, language_model: dict[str, Any], source: Path) -> tu
     config = _read_as(_TokenizerConfig, path) if path in files else _TokenizerConfig()
     tokenizer, tokenizer_files = _load_tokenizer(folder, config)
     template, template_files = _load_template(folder, config)
+    try:
+        parse_template(template)
+    except jinja2.TemplateError as error:
+        where = template_files[0] if template_files else path
+        raise InputError(f"{where}: the chat template does not parse ({error})") from None
     tokens = {name: getattr(config, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     special = {name: token if isinstance(token, str) else token.content for name, token in tokens.items() if token}
     ends: set[int] = set()

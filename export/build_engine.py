@@ -9,7 +9,8 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,7 +52,7 @@ from ..runtime.text import numbered
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
 from .gate_accuracy import gate_accuracy
-from .models.reducers import REDUCERS
+from .models.reducers import GRID_REDUCERS, REDUCERS, TokenReducer
 from .polygraphy_commands import write_commands
 from .precision import GraphName, Lowering, embedding_table, prepare
 from .progress import Progress
@@ -243,23 +244,13 @@ def describe_model(
         raise InputError(f"--tiles {tiles}: expected 1 or more")
     if keyframes is not None and long_frames is None:
         raise InputError(f"--keyframes {keyframes} is for long videos; add --long-video FRAMES, or leave it out")
-    clips, views = frames // clip, package.views_of(tiles)
-    unit_text = _unit_text_positions(artifact, frames)
-    positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip, unit_text)
-    tiled = f" --tiles {tiles}" if tiles > 1 else ""
-    needs, fewer = f"--frames {frames}{tiled}", f"fewer frames{tiled and ' or tiles'}"
     long_video = None
     if long_frames is not None:
         long_video = _describe_long_video(artifact, long_frames, KEYFRAMES if keyframes is None else keyframes)
-        if (long_positions := _long_video_positions(artifact, long_video)) > positions:
-            positions, fewer = long_positions, "fewer --keyframes, a shorter --long-video"
-            needs = f"--long-video {long_frames} with --keyframes {long_video.keyframes}"
-    capacity = -(-positions // 256) * 256
-    if capacity > decoder.max_position_embeddings:
-        raise InputError(
-            f"{needs} needs a KV cache of {capacity} positions, the language model was trained for "
-            f"{decoder.max_position_embeddings}; build with {fewer} or a stronger --ratio"
-        )
+    # what can't fit is refused before text is laid out around each of its frames
+    _capacity(artifact, frames, tiles, long_video, lambda frames: package.UNIT_TEXT_POSITIONS)
+    unit_text = partial(_unit_text_positions, artifact)
+    capacity = _capacity(artifact, frames, tiles, long_video, unit_text)
     return package.Model(
         image_size=encoder.config.vit.image_size,
         clip_length=clip,
@@ -272,9 +263,10 @@ def describe_model(
         head_dim=decoder.head_dim,
         max_frames=frames,
         max_tiles=tiles,
+        unit_text=unit_text(frames),
         capacity=capacity,
         # a CPU gains nothing from batches of clips, and holds one clip's activations instead of many
-        max_clips=1 if target.name == "cpu" else min(clips * views, MAX_CLIPS),
+        max_clips=1 if target.name == "cpu" else min(frames // clip * package.views_of(tiles), MAX_CLIPS),
         chunk=CPU_LONG_CHUNK if target.name == "cpu" and long_video is not None else CHUNK,
         long_video=long_video,
     )
@@ -282,6 +274,11 @@ def describe_model(
 
 def _describe_long_video(artifact: Artifact, frames: int, keyframes: int) -> package.LongVideo:
     encoder, config = artifact.encoder, artifact.long_video
+    if isinstance(encoder.reducer, TokenReducer):
+        raise InputError(
+            f"--long-video {frames}: merging compares each token with the one at its place in the keyframe before, and "
+            f"{encoder.config.reducer} leaves none at a place of its own; expected --reducer {', '.join(GRID_REDUCERS)}"
+        )
     if encoder.config.merge_connector and artifact.query_encoder is None:
         raise InputError(
             f"--long-video {frames}: the artifact merges features {encoder.merger.config.feature_size} wide, which "
@@ -297,6 +294,40 @@ def _describe_long_video(artifact: Artifact, frames: int, keyframes: int) -> pac
     )
 
 
+def _capacity(
+    artifact: Artifact,
+    frames: int,
+    tiles: int,
+    long_video: package.LongVideo | None,
+    unit_text: Callable[[int], int],
+) -> int:
+    """Positions of the KV cache, for the longer of both kinds of video.
+
+    Args:
+        unit_text: positions of the text around one unit, where frames are numbered up to so many.
+
+    Raises:
+        InputError: the language model was trained for fewer.
+    """
+    encoder, most = artifact.encoder, artifact.decoder.config.max_position_embeddings
+    clips, views = frames // encoder.config.clip_length, package.views_of(tiles)
+    positions = package.positions(clips, views, encoder.tokens_per_clip, encoder.units_per_clip, unit_text(frames))
+    tiled = f" --tiles {tiles}" if tiles > 1 else ""
+    needs, fewer = f"--frames {frames}{tiled}", f"fewer frames{tiled and ' or tiles'}"
+    if long_video is not None:
+        long_positions = _long_video_positions(artifact, long_video, unit_text(long_video.max_frames))
+        if long_positions > positions:
+            positions, fewer = long_positions, "fewer --keyframes, a shorter --long-video"
+            needs = f"--long-video {long_video.max_frames} with --keyframes {long_video.keyframes}"
+    capacity = -(-positions // 256) * 256
+    if capacity > most:
+        raise InputError(
+            f"{needs} needs a KV cache of {capacity} positions, the language model was trained for {most}; "
+            f"build with {fewer} or a stronger --ratio"
+        )
+    return capacity
+
+
 def _unit_text_positions(artifact: Artifact, frames: int) -> int:
     """For the text around visual tokens of frames that are numbered up to `frames`."""
     prompt, tokenizer = artifact.prompt, artifact.text.tokenizer
@@ -307,7 +338,7 @@ def _unit_text_positions(artifact: Artifact, frames: int) -> int:
     return max(package.UNIT_TEXT_POSITIONS, before + after)
 
 
-def _long_video_positions(artifact: Artifact, settings: package.LongVideo) -> int:
+def _long_video_positions(artifact: Artifact, settings: package.LongVideo, unit_text: int) -> int:
     """Of key candidates with all their tokens, and runs of merged ones between them, each with its text, and of a
     question; in the mode that takes most: `vilamp`, too, chooses where the encoder keeps frames apart."""
     encoder, keys = artifact.encoder, settings.keyframes
@@ -321,9 +352,8 @@ def _long_video_positions(artifact: Artifact, settings: package.LongVideo) -> in
             f"--keyframes {keys}: a video of --long-video {settings.max_frames} frames has {most} to choose from; "
             "expected from 1 to as many"
         )
-    text = _unit_text_positions(artifact, settings.max_frames)
     needed = [
-        keys * tokens + candidates - keys + (keys * units + min(candidates - keys, keys + 1)) * text
+        keys * tokens + candidates - keys + (keys * units + min(candidates - keys, keys + 1)) * unit_text
         for candidates, units, tokens in modes
         if keys <= candidates
     ]

@@ -17,7 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..calib.accuracy import Accuracy, Respondent, accuracies, ask_all, read_videos
-from ..calib.questions import read_frames, read_questions
+from ..calib.questions import Question, read_frames, read_questions
 from ..engines.compile_onnxruntime import compile_graph
-from ..engines.package import InputError, new_folder
+from ..engines.package import InputError, Model, new_folder
 from ..engines.targets import TARGETS
 from ..runtime.layer_times import by_kind, by_module
 from ..runtime.ort_engine import OrtDecoder, OrtEncoder
-from .artifact import load_artifact
+from .artifact import Artifact, load_artifact
 from .build_engine import CHUNK, describe_model
 from .compare_report import print_report, write_report
 from .contenders import TABLE_2, Contender, Field, Kind, Size, artifact_field, random_field
@@ -56,6 +56,7 @@ CLIPS = 4  # that cosines are of
 SPELL = 0.3  # seconds
 ALIKE = 0.02  # totals nearer to each other are not told apart
 ROUNDS = {"small": 5, "full": 3, "artifact": 5}
+Videos = Sequence[tuple[NDArray[np.uint8], Sequence[Question]]]  # frames (T, H, W, 3)
 VERSIONS = ("liteframe", "onnxruntime", "torch")
 
 
@@ -69,6 +70,7 @@ class Row:
         clip_ms: the vision encoder on one clip, median of the rounds; `vision_ms` is that for all clips.
         clip_ms_rounds: in each round, median.
         llm_ms: prefill of the prompt, median of the rounds.
+        frames_at_equal_tokens: the most that have no more tokens than the reference's.
         frames_at_equal_ms: the most whose total is the reference's or less, or ALIKE.
         cosine: of WAP's tokens to the nearest of its own, mean.
         paper: the paper's milliseconds of the vision encoder on an A100, and of what.
@@ -88,6 +90,7 @@ class Row:
     vision_ms: float | None
     llm_ms: float | None
     total_ms: float | None
+    frames_at_equal_tokens: int | None
     frames_at_equal_ms: int | None
     cosine: float | None
     accuracy: Accuracy | None
@@ -100,8 +103,8 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
     """Measures every contender of a field.
 
     Raises:
-        InputError: frames are not in whole clips, or their prompt is longer than the language model was trained for;
-            the folder holds no questions.
+        InputError: frames are not in whole clips, or their prompt, with questions where there are some, is longer than
+            the language model was trained for; the folder holds no questions, or videos that can't be read.
     """
     if frames < field.clip_length or frames % field.clip_length:
         raise InputError(f"--frames {frames}: expected a multiple of {field.clip_length}, the frames of a clip")
@@ -115,6 +118,8 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
             f"--frames {frames}: their prompt takes {lengths[field.reference]} positions with {field.reference}, the "
             f"language model was trained for {field.max_positions}; expected fewer frames"
         )
+    models, unasked = ({}, {}) if questions is None else models_to_ask(field, frames)
+    videos: Videos = [] if questions is None else read_videos(questions, frames, field.clip_length, field.image_size)
     with step("cosines to WAP's tokens"):
         cosines = cosines_to_wap(field, None if questions is None else first_clips(field, questions))
     with tempfile.TemporaryDirectory() as folder:
@@ -123,14 +128,15 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
         clip_ms = {name: statistics.median(times) for name, times in in_rounds.items()}
         llm = prefill_model(prefill_ms)
         kinds = {name: profile(field, engines[name], Path(folder)) for name in out_of_order(clip_ms)}
-        answered = {} if questions is None else ask(field, engines, decoder, questions, frames)
+        answered = ask(field, engines, decoder, models, videos)
     rows = []
+    of_reference = next(one for one in field.contenders if one.name == field.reference).tokens_per_clip
     budget = clips * clip_ms[field.reference] + prefill_ms[lengths[field.reference]]
     for one in field.contenders:
         measured = one.make is not None
         vision = clips * clip_ms[one.name] if measured else None
         prefill = prefill_ms[fit[one.name]] if one.name in fit else None
-        note = one.note
+        note = one.note or unasked.get(one.name, "")
         if measured and one.name not in fit:
             note = f"{lengths[one.name]} positions, the language model was trained for {field.max_positions}"
         rows.append(
@@ -147,6 +153,9 @@ def compare(field: Field, frames: int, rounds: int, questions: Path | None = Non
                 vision_ms=vision,
                 llm_ms=prefill,
                 total_ms=None if vision is None or prefill is None else vision + prefill,
+                frames_at_equal_tokens=(
+                    clips * of_reference // one.tokens_per_clip * field.clip_length if measured else None
+                ),
                 frames_at_equal_ms=most_frames(field, one, clip_ms[one.name], llm, budget) if measured else None,
                 cosine=cosines.get(one.name),
                 accuracy=answered.get(one.name),
@@ -359,29 +368,46 @@ def to_wap(found: Tensor, wap: Tensor) -> float:
     return float((wap @ found.transpose(1, 2)).amax(-1).mean())
 
 
+def models_to_ask(field: Field, frames: int) -> tuple[dict[str, Model], dict[str, str]]:
+    """What answers questions about so many frames, of each contender with the artifact's weights; and for the others,
+    why they can't be asked.
+
+    Raises:
+        InputError: the reference can't be.
+    """
+    models, unasked = {}, {}
+    for one in field.contenders:
+        if one.weights == "artifact" and one.make is not None:
+            try:
+                models[one.name] = describe_model(_with_encoder(field, one), frames, 1, TARGETS["cpu"])
+            except InputError as error:
+                if one.name == field.reference:
+                    raise
+                unasked[one.name] = f"not asked: {error}"
+    return models, unasked
+
+
 def ask(
-    field: Field, engines: dict[str, Path], decoder: Path, questions: Path, frames: int
+    field: Field, engines: dict[str, Path], decoder: Path, models: dict[str, Model], videos: Videos
 ) -> dict[str, Accuracy | None]:
-    """Accuracy of every contender with the artifact's weights, as far as the language model has positions for it."""
-    artifact = field.artifact
-    assert artifact is not None
-    videos = read_videos(questions, frames, field.clip_length, field.image_size)
+    """Accuracy of every contender that can be asked."""
     answered: dict[str, Accuracy | None] = {}
     for one in field.contenders:
-        if one.weights != "artifact" or one.make is None:
+        if one.name not in models:
             continue
-        with step(f"answer {questions} with {one.name}"):
-            encoder = one.make()
-            assert isinstance(encoder, VideoEncoder)
-            beside = replace(artifact, encoder=encoder)
-            try:
-                model = describe_model(beside, frames, 1, TARGETS["cpu"])
-            except InputError:  # more than the language model was trained for
-                continue
+        with step(f"answer with {one.name}"):
+            model, text = models[one.name], chat_text(_with_encoder(field, one))
             engine = OrtDecoder(decoder, capacity=model.capacity)
-            respondent = Respondent(OrtEncoder(engines[one.name]), engine, chat_text(beside), model)
+            respondent = Respondent(OrtEncoder(engines[one.name]), engine, text, model)
             answered[one.name] = accuracies(ask_all(respondent, videos))["all"]
     return answered
+
+
+def _with_encoder(field: Field, contender: Contender) -> Artifact:
+    assert field.artifact is not None and contender.make is not None
+    encoder = contender.make()
+    assert isinstance(encoder, VideoEncoder)
+    return replace(field.artifact, encoder=encoder)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -88,7 +88,13 @@ def _is_batch(shape: ir.Shape) -> bool:
 
 def _try_out(query_encoder: QueryEncoder, graph: Path, width: int) -> None:
     try:
-        query = OrtQueryEncoder(graph, threads=1).encode(query_encoder.tokenizer.encode(TRIED).ids)
+        tokens = query_encoder.tokenizer.encode(TRIED).ids
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            f"{graph.with_name('tokenizer.json')}: can't encode {TRIED!r} ({error}); save it again"
+        ) from None
+    try:
+        query = OrtQueryEncoder(graph, threads=1).encode(tokens)
     except InputError as error:
         raise InputError(f"{graph}: fails on {TRIED!r} ({error}); does its tokenizer.json belong to it?") from None
     if query.shape != (width,) or not np.isfinite(query).all():

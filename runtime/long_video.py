@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.package import InputError, Model
+from ..engines.package import LongVideo as Settings
 from .engine import EngineError, Merger
 from .keyframes import cosines, select
 
@@ -63,6 +64,16 @@ class Span:
 
 class MergerError(EngineError):
     """The merger failed while it ran; says on what, and why."""
+
+
+def key_candidates(
+    embeddings: NDArray[np.float32], relevance: NDArray[np.float32], settings: Settings, trained: bool
+) -> NDArray[np.int64]:
+    """See `select`: embeddings (N, C) as they are, or where nobody trained them, from their mean; int64."""
+    if not trained:
+        embeddings = embeddings - embeddings.mean(0)
+    count = min(settings.keyframes, len(embeddings))  # a file may end before its header says
+    return select(embeddings, relevance, count, settings.similar)
 
 
 class LongVideo:
@@ -121,11 +132,8 @@ class LongVideo:
 
     def keyframes(self) -> NDArray[np.int64]:
         """Numbers of the key candidates, most relevant first; `keyframes` of them, or fewer where fewer differ."""
-        embeddings, relevance = self._embeddings[: self.candidates], np.array(self._relevance, np.float32)
-        if not self._trained:
-            embeddings = embeddings - embeddings.mean(0)
-        count = min(self._settings.keyframes, self.candidates)  # a file may end before its header says
-        return select(embeddings, relevance, count, self._settings.similar)
+        relevance = np.array(self._relevance, np.float32)
+        return key_candidates(self._embeddings[: self.candidates], relevance, self._settings, self._trained)
 
     def stop(self) -> None:
         """Nobody wants the rest; from any thread."""

@@ -42,6 +42,16 @@ def numbered(text: str, first: int, last: int) -> str:
     return text.replace("{first}", str(first)).replace("{last}", str(last))
 
 
+def parse_template(template: str) -> jinja2.Template:
+    """A chat template, as transformers renders them. Raises jinja2.TemplateError when it does not parse."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.datetime.now().strftime(f))
+    return environment.from_string(template)
+
+
 class ChatText:
     """
     Args:
@@ -70,13 +80,7 @@ class ChatText:
         self._unit_prefix, self._unit_suffix = unit_prefix, unit_suffix
         self._run_prefix = unit_prefix if run_prefix is None else run_prefix
         self.end_of_turn = frozenset(end_of_turn)
-        # as transformers renders chat templates
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals.update(raise_exception=_raise, strftime_now=lambda f: datetime.datetime.now().strftime(f))
-        self._template = environment.from_string(template)
+        self._template = parse_template(template)
 
     @classmethod
     def of(cls, package: Package) -> ChatText:

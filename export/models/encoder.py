@@ -21,7 +21,7 @@ from .liteframe import LiteFrame, LiteFrameConfig
 from .merge import FeatureMerger, MergerConfig
 from .projector import Projector
 from .reducers import GRID_REDUCERS, REDUCERS, TOKEN_REDUCERS, GridReducer, TokenReducer
-from .vit import VisionTransformer, ViTConfig
+from .vit import VisionTransformer, ViTConfig, refuse_below_one
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -43,6 +43,13 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     merge_connector: bool = False
 
     def __post_init__(self) -> None:
+        refuse_below_one(
+            output_size=self.output_size,
+            clip_length=self.clip_length,
+            window=min(self.window),
+            ratio=self.ratio,
+            shuffle=self.shuffle,
+        )
         if isinstance(self.backbone, LiteFrameConfig) and self.clip_length != self.backbone.clip_length:
             raise ValueError(f"clip_length is {self.clip_length}, the backbone's is {self.backbone.clip_length}")
         if self.reducer not in REDUCERS:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.depthwise_temporal_conv import depthwise_temporal_conv
 from .mixers import DenseStridedConv, DenseTemporalConv, TemporalAttention
-from .vit import VisionTransformer, ViTConfig
+from .vit import VisionTransformer, ViTConfig, refuse_below_one
 
 MIXERS = ("dw_temp_conv", "temp_conv", "temp_attn", "spatio_temp_attn", "none")
 
@@ -48,6 +48,9 @@ class LiteFrameConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, t
             raise ValueError(f"mixer is {self.mixer!r}, expected one of {', '.join(MIXERS)}")
         if self.temporal_kernel % 2 == 0:
             raise ValueError(f"temporal_kernel is {self.temporal_kernel}, expected an odd number")
+        refuse_below_one(
+            clip_length=self.clip_length, stride=min((n for d in self.downsampling for n in d.stride), default=1)
+        )
         positions = [d.after for d in self.downsampling]
         if positions != sorted(set(positions)) or not all(0 < p <= self.vit.num_hidden_layers for p in positions):
             raise ValueError(f"downsampling after blocks {positions}: expected rising block numbers within the network")

@@ -20,6 +20,13 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 NORMS = ("layer_norm", "rms_norm")
 
 
+def refuse_below_one(**sizes: int | None) -> None:
+    """Raises ValueError with the name and value of a size that is below 1; None is not given."""
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}, expected 1 or more")
+
+
 class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="vit"):
     """Shape of a vision transformer; the defaults are InternViT-300M-448px (the paper's teacher)."""
 
@@ -47,6 +54,13 @@ class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fie
         ):
             if value not in allowed:
                 raise ValueError(f"{field} is {value!r}, expected one of {', '.join(allowed)}")
+        refuse_below_one(
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=self.intermediate_size,
+        )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"

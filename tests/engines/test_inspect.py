@@ -34,7 +34,7 @@ def test_it_says_what_the_package_is_for_and_made_of(inspect, folder):
         f"built from tiny, SHA-256 {'0' * 64}",
         "with torch 2.13.0",
         "up to 9 frames of 42 x 56 in clips of 1, each in up to 10 tiles and a thumbnail, 3 visual tokens a clip, "
-        "KV cache of 11 positions",
+        "KV cache of 12 positions",
         "note: random weights",
     ]
 

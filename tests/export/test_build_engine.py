@@ -15,9 +15,10 @@ from liteframe.engines.device import Gpu
 from liteframe.engines.package import QUESTION_POSITIONS, GateError, InputError, Operators, open_package
 from liteframe.engines.targets import PLAIN_TYPES, TARGETS
 from liteframe.export import build_engine, verify
-from liteframe.export.artifact import LiteFrameFolder
+from liteframe.export.artifact import LiteFrameFolder, load_artifact
 from liteframe.export.build_engine import build
 from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
+from liteframe.export.models.reducers import TOKEN_REDUCERS
 from liteframe.export.models.vit import ViTConfig
 from liteframe.runtime import VideoSession, cli
 from safetensors.torch import load_file, save_file
@@ -227,6 +228,31 @@ def test_a_ratio_that_does_not_fit_is_refused_with_its_numbers(
     assert cli.guard(build_engine.main, [str(framewise_artifact), *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_no_reducer_may_replace_one_with_a_ratio(framewise_artifact):
+    config = json.loads((framewise_artifact / "config.json").read_text())
+    config["encoder"] |= {"reducer": "tome", "ratio": 16}
+    (framewise_artifact / "config.json").write_text(json.dumps(config))
+    assert load_artifact(framewise_artifact).encoder.tokens_per_clip == 16
+    assert load_artifact(framewise_artifact, "average").encoder.config.window == (4, 2, 2)
+    assert load_artifact(framewise_artifact, "none").encoder.config.reducer == "none"
+
+
+@pytest.mark.parametrize("reducer", TOKEN_REDUCERS)
+def test_long_videos_need_tokens_that_have_places(framewise_artifact, tmp_path, capsys, reducer):
+    options = ["--target", "cpu", "--reducer", reducer, "--ratio", "4", "--long-video", "160"]
+    assert cli.guard(build_engine.main, [str(framewise_artifact), *options, "--output", str(tmp_path / "out")]) == 2
+    message = f"{reducer} leaves none at a place of its own; expected --reducer none, average, max, subsample, wap"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_beyond_reason_is_refused_before_text_is_laid_out_around_its_frames(tiny_artifact, monkeypatch):
+    monkeypatch.setattr(build_engine, "_unit_text_positions", None)
+    artifact = load_artifact(tiny_artifact)
+    with pytest.raises(InputError, match=r"--long-video 4000000000 .* needs a KV cache of 1000\d+ positions"):
+        build_engine.describe_model(artifact, 16, 1, TARGETS["cpu"], 4 * 10**9)
 
 
 def test_an_output_that_exists_is_left_alone(tiny_artifact, tmp_path):

@@ -156,6 +156,8 @@ def test_the_table_of_an_artifact_is_consistent(framewise, clock, capsys):
         assert row["total_ms"] == row["vision_ms"] + row["llm_ms"]
         assert row["accuracy"] is None
     assert rows["wap"]["frames_at_equal_ms"] == 8
+    assert {row["frames_at_equal_tokens"] for name, row in rows.items() if name in METHODS and name != "none"} == {8}
+    assert rows["none"]["frames_at_equal_tokens"] == 0
     assert rows["none"]["frames_at_equal_ms"] == 0
     assert rows["wap"]["cosine"] == pytest.approx(1)
     assert [name for name, row in rows.items() if row["cosine"] is None] == ["FastVLM"]
@@ -211,6 +213,22 @@ def test_a_prompt_longer_than_the_language_model_was_trained_for_has_no_total(fr
     field.max_positions = 40
     with pytest.raises(InputError, match=r"--frames 8: .* positions with wap, the language model was trained for 40"):
         compare.compare(field, 8, 1)
+
+
+def test_a_method_that_cannot_be_asked_is_there_with_its_reason(framewise, questions, clock, monkeypatch):
+    """8 frames are 512 tokens uncompressed, for which there are positions, but not beside a question."""
+    artifact = load_artifact(framewise)
+    monkeypatch.setattr(
+        artifact.decoder, "config", msgspec.structs.replace(artifact.decoder.config, max_position_embeddings=1536)
+    )
+    field = artifact_field(artifact, 16, 8)
+    monkeypatch.setattr(compare, "ask", lambda field, engines, decoder, models, videos: dict.fromkeys(models))
+    rows = {row.name: row for row in compare.compare(field, 8, 1, questions)}
+    assert rows["none"].total_ms is not None
+    assert rows["none"].note.startswith("not asked: --frames 8 needs a KV cache of 1792 positions")
+    assert rows["wap"].note == ""
+    with pytest.raises(InputError, match="--frames 128 needs a KV cache of 2048 positions"):
+        compare.compare(field, 128, 1, questions)
 
 
 def test_a_method_that_does_not_admit_the_ratio_is_there_with_its_reason(framewise, clock):
@@ -352,12 +370,35 @@ def test_a_students_artifact_is_measured_and_asked(tiny_artifact, questions, tmp
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_needs_a_quality():
-    row = msgspec.to_builtins(
-        Row("a", "encoder", "random", 8, 8, 1.0, 9, 1.0, [1.0], 2.0, 3.0, 5.0, 8, None, None, "", None, "")
+def row(name, total, cosine):
+    return msgspec.to_builtins(
+        Row(name, "encoder", "random", 8, 8, 1.0, 9, 1.0, [1.0], 2.0, 3.0, total, 8, 8, cosine, None, "", None, "")
     )
-    assert pareto({"rows": [row]}) is None
-    assert pareto({"rows": [row | {"cosine": 0.9}]}).png().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_a_quality():
+    assert pareto({"rows": [row("a", 5.0, None)]}) is None
+    assert pareto({"rows": [row("a", 5.0, 0.9)]}).png().startswith(b"\x89PNG")
+
+
+def test_the_line_joins_those_that_none_beats_in_both():
+    points = {
+        "fast": (100.0, 0.5),
+        "worse": (400.0, 0.4),
+        "middle": (300.0, 0.7),
+        "slow": (900.0, 0.7),
+        "best": (990.0, 1.0),
+    }
+    svg = pareto({"rows": [row(name, *point) for name, point in points.items()]}).svg()
+    lines = re.findall(r'points="([^"]+)"', svg)
+    (joined,) = [line for line in lines if len(line.split()) == 3]
+    width, height = 720 - 50 - 120, 400 - 30 - 45
+    wanted = [
+        (50 + ms / (990 * 1.1) * width, 30 + (1 - cosine) * height)
+        for ms, cosine in (points[n] for n in ("fast", "middle", "best"))
+    ]
+    found = [tuple(map(float, point.split(","))) for point in joined.split()]
+    np.testing.assert_allclose(found, wanted, atol=0.1)
 
 
 @pytest.mark.parametrize(

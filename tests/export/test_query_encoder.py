@@ -15,6 +15,7 @@ from liteframe.export.models.encoder import EncoderConfig, VideoEncoder
 from liteframe.runtime import VideoSession
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 WIDTH = 48  # of the features before the projector's MLP: 12 channels, 2 x 2 of them
 QUESTION = "what's in the video?"
@@ -188,6 +189,13 @@ def test_a_file_that_is_missing_or_damaged_is_named(artifact, name):
         load_artifact(artifact)
     path.unlink()
     with pytest.raises(InputError, match=rf"{name}: missing"):
+        load_artifact(artifact)
+
+
+def test_a_tokenizer_that_cannot_encode_is_named(artifact):
+    words = Tokenizer(models.WordLevel({"nothing": 0}, unk_token="[UNK]"))
+    words.save(str(artifact / "query_encoder" / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer\.json: can't encode"):
         load_artifact(artifact)
 
 

@@ -21,7 +21,7 @@ OTHERS = [name for name in REDUCERS if name not in ("wap", "none")]  # these hav
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
 
 
-def make_encoder(name, side=112, size=16, shuffle=2):
+def make_encoder(name, side=112, size=16, shuffle=2, ratio=None):
     torch.manual_seed(0)
     vit = ViTConfig(
         image_size=(side, side),
@@ -30,7 +30,7 @@ def make_encoder(name, side=112, size=16, shuffle=2):
         num_attention_heads=size // 8 if size < 64 else size // 64,
         intermediate_size=size * 2,
     )
-    config = EncoderConfig(backbone=vit, output_size=24, reducer=name, window=(1, 2, 2), shuffle=shuffle)
+    config = EncoderConfig(backbone=vit, output_size=24, reducer=name, window=(1, 2, 2), ratio=ratio, shuffle=shuffle)
     encoder = VideoEncoder(config).eval()
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if size < 64 else size**-0.5)
@@ -67,6 +67,20 @@ def test_onnx_runtime_computes_what_torch_does(graph, name, dialect):
             expected = encoder(torch.from_numpy(frames)).numpy()
         assert tokens.shape == (clips, 4 * 16 // 4, 24)
         assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@every_dialect
+@pytest.mark.parametrize("name", TOKEN_REDUCERS)
+def test_onnx_runtime_chooses_the_tokens_that_torch_does(graph, name, dialect):
+    """144 tokens a frame: more than PruMerge has neighbours, and 9 of them become one, which is not by halving only."""
+    size = {"side": 168, "shuffle": 1, "ratio": 9}
+    session = ort.InferenceSession(graph(name, dialect, **size), providers=["CPUExecutionProvider"])
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, 168, 168, 3), dtype=np.uint8)
+    (tokens,) = session.run(None, {"frames": frames})
+    with torch.no_grad():
+        expected = make_encoder(name, **size)(torch.from_numpy(frames)).numpy()
+    assert tokens.shape == (2, 4 * 144 // 9, 24)
+    assert np.abs(tokens - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", TOKEN_REDUCERS)

@@ -28,6 +28,7 @@ def model(units=1, keyframes=2, similar=0.99, max_frames=4000):
         head_dim=1,
         max_frames=16,
         max_tiles=1,
+        unit_text=16,
         capacity=64,
         max_clips=1,
         chunk=8,

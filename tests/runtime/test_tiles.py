@@ -175,18 +175,18 @@ def test_an_encoder_that_is_given_batches_is_built_for_those_of_tiles(tiny_artif
     capacity=st.integers(1, 6000),
     tokens=st.integers(1, 70),
     units=st.integers(1, 4),
+    text=st.integers(16, 99),
     frames=st.integers(1, 12).map(lambda clips: clips * CLIP),
     tiles=st.integers(1, 40),
     thumbnail=st.booleans(),
 )
-def test_what_fits_is_what_counting_says(package, capacity, tokens, units, frames, tiles, thumbnail):
-    model = edited(
-        package, capacity=capacity, tokens_per_clip=tokens, units_per_clip=units, max_frames=48
-    ).manifest.model
+def test_what_fits_is_what_counting_says(package, capacity, tokens, units, text, frames, tiles, thumbnail):
+    sizes = {"capacity": capacity, "tokens_per_clip": tokens, "units_per_clip": units, "unit_text": text}
+    model = edited(package, **sizes, max_frames=48).manifest.model
 
     def fits(frames, tiles):
         views = tiles + 1 if thumbnail and tiles > 1 else tiles
-        return sum(views * tokens + units * 16 for _ in range(0, frames, CLIP)) + 1024 <= capacity
+        return sum(views * tokens + units * text for _ in range(0, frames, CLIP)) + 1024 <= capacity
 
     assert (model.positions(frames, views_of(tiles, thumbnail)) <= capacity) == fits(frames, tiles)
     most = max((count for count in range(CLIP, 49, CLIP) if fits(count, tiles)), default=0)

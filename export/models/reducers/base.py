@@ -92,36 +92,31 @@ def window_of(ratio: int, size: tuple[int, int, int], shuffle: int = 1) -> tuple
     """The window (t, s, s) that makes one token of `ratio`.
 
     One rule, of which the paper's 4 = (1, 2, 2), 8 = (2, 2, 2) and 16 = (4, 2, 2) are cases: the smallest square s x s
-    from 2 x 2 on of which t = ratio / s^2 divides the clip's frames, and without one, no square but t = ratio frames.
+    from 2 x 2 on that divides the grid and of which t = ratio / s^2 divides the clip's frames; without one, no square
+    but t = ratio frames.
 
     Args:
         shuffle: must divide the grid that windows leave.
 
     Raises:
-        ValueError: there is no such window, or it does not divide the grid; names the ratios that the grid admits.
+        ValueError: there is no such window; names the ratios that the grid admits.
     """
     frames, rows, columns = size
     sides = [s for s in range(1, min(rows, columns) + 1) if rows % (s * shuffle) == 0 and columns % (s * shuffle) == 0]
     if not sides:
         raise ValueError(f"pixel shuffle {shuffle} does not divide the grid {[rows, columns]}")
-    window = _window(ratio, frames)
-    if window is None or window[1] not in sides:
+    windows: dict[int, tuple[int, int, int]] = {}
+    for side in (*sides[1:], 1):
+        for t in range(1, frames + 1):
+            if frames % t == 0:
+                windows.setdefault(t * side * side, (t, side, side))
+    if ratio not in windows:
         left = f" that leave squares for a pixel shuffle of {shuffle}" if shuffle > 1 else ""
-        ratios = {t * s * s for t in range(1, frames + 1) if frames % t == 0 for s in sides}
-        admitted = [n for n in sorted(ratios) if (_window(n, frames) or (1, 0, 0))[1] in sides]
         raise ValueError(
             f"ratio {ratio} does not divide the clip's grid {list(size)} into windows of t frames and s x s "
-            f"tokens{left}; expected one of {', '.join(map(str, admitted))}"
+            f"tokens{left}; expected one of {', '.join(map(str, sorted(windows)))}"
         )
-    return window
-
-
-def _window(ratio: int, frames: int) -> tuple[int, int, int] | None:
-    for side in (*range(2, int(max(ratio, 1) ** 0.5) + 1), 1):
-        t, rest = divmod(ratio, side * side)
-        if t > 0 and rest == 0 and frames % t == 0:
-            return t, side, side
-    return None
+    return windows[ratio]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

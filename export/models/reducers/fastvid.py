@@ -72,7 +72,7 @@ def reduce_segment(tokens: Tensor, attention: Tensor, salient: int, context: int
         tokens: (B, T, N, C).
         attention: (B, T, N).
         salient: tokens that each frame keeps as they are.
-        context: anchors, a frame; as many as the anchor frames share evenly.
+        context: anchors, a frame; what the anchor frames can't share evenly is left out.
 
     Returns:
         tokens (B, K, C); place int64 (B, K), rising, t * N + n; whether it is an anchor, bool (B, K).
@@ -105,20 +105,15 @@ class FastVID(TokenReducer):
         self.context = int(kept * CONTEXT)
         self.salient = kept - self.context
         holders = len(anchor_frames(frames))
-        anchors, rest = divmod(self.context * frames, holders)
-        if rest:
-            raise ValueError(
-                f"ratio {ratio} gives a clip {self.context * frames} anchors, which {holders} frames can't share "
-                "evenly; expected another ratio, or clips of another length"
-            )
+        anchors = self.context * frames // holders
         others, needed = self.per_frame - self.salient, max(anchors, DENSITY_NEIGHBOURS)
         if anchors and needed > others:
             raise ValueError(
                 f"ratio {ratio} leaves {others} of the {self.per_frame} tokens of a frame that are not salient, "
                 f"{needed} are needed to have {anchors} anchors; expected a higher ratio"
             )
-        refuse_sorting(frames * kept)
-        self.units, self.tokens = 1, frames * kept
+        self.units, self.tokens = 1, frames * self.salient + holders * anchors
+        refuse_sorting(self.tokens)
 
     def forward(self, tokens: Tensor, q: Tensor, k: Tensor) -> Tensor:
         attention, _ = self.attend(q, k)

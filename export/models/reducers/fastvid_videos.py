@@ -53,9 +53,12 @@ def onevision(
         retention: share of tokens that is kept.
         fewest, threshold: see `segments`.
         share: of what is kept, that is anchors.
+
+    Raises:
+        ValueError: `retention` keeps no token of a frame; so in the other variants.
     """
     count = tokens.shape[1]
-    kept = int(count * retention)
+    kept = _kept(count, retention)
     context = int(kept * share)
     out = []
     for part in segments(frames, fewest, threshold):
@@ -83,7 +86,7 @@ def llava_video(
     """
     rows, columns = tokens.shape[1], tokens.shape[2] - 1
     patches = tokens[:, :, :-1].flatten(1, 2)
-    kept = int(rows * columns * retention)
+    kept = _kept(rows * columns, retention)
     out = []
     for part in segments(frames, fewest, threshold):
         length = part.stop - part.start
@@ -124,7 +127,7 @@ def qwen(
         same: frames whose cosine to the next reaches this are followed by one that hardly differs.
     """
     count = tokens.shape[1]
-    kept = int(count * retention)
+    kept = _kept(count, retention)
     similarity = similarities(frames)
     out = []
     for part in segments(frames, fewest, threshold):
@@ -141,6 +144,15 @@ def qwen(
     return _joined(out)
 
 
+def _kept(count: int, retention: float) -> int:
+    kept = int(count * retention)
+    if kept < 1:
+        raise ValueError(
+            f"retention {retention} keeps none of the {count} tokens of a frame; expected {1 / count:.3g} or more"
+        )
+    return kept
+
+
 def _shares(total: int, parts: int) -> list[int]:
     """A total in whole shares, the first ones greater by one where it does not divide."""
     return [total // parts + (i < total % parts) for i in range(parts)]
@@ -150,12 +162,14 @@ def _reduce(tokens: Tensor, attention: Tensor, salient_of: dict[int, int], ancho
     """A segment (T, N, C) whose frames keep numbers of their own. Anchors take in what is neither salient nor an anchor
     of their own frame."""
     count = tokens.shape[1]
-    salient = torch.zeros(attention.shape, dtype=torch.bool)
+    salient = torch.zeros_like(attention, dtype=torch.bool)
     for frame, number in salient_of.items():
         salient[frame] = mark(attention[frame].topk(number)[1], count)
     flat = tokens.flatten(0, 1)[None]
     index, kept = [salient.flatten().nonzero()[:, 0]], [tokens[salient]]
     for frame, number in anchors_of.items():
+        if number == 0:
+            continue
         score = density_and_score(tokens[frame][None], salient[frame][None])[1]
         anchors = score.topk(number)[1] + frame * count
         mergeable = ~salient.flatten() & ~mark(anchors[0], flat.shape[1])

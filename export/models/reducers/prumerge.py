@@ -44,7 +44,7 @@ def most_attended(attention: Tensor, count: int) -> Tensor:
 
 def outlier_ratio(attention: Tensor) -> float:
     """How much of attention (B, N) lies above its third quartile by more than 1.5 interquartile ranges, over all B."""
-    low, high = torch.quantile(attention, torch.tensor([0.25, 0.75], dtype=attention.dtype))
+    low, high = torch.quantile(attention, attention.new_tensor([0.25, 0.75]))
     return float((attention > high + 1.5 * (high - low)).double().mean())
 
 
@@ -78,7 +78,7 @@ def adaptive_plus(attention: Tensor) -> Tensor:
             "of one image's"
         )
     kept = adaptive(attention)
-    steps = torch.arange(0, count - 1, step)
+    steps = torch.arange(0, count - 1, step, device=kept.device)
     return torch.cat([kept, steps[~mark(kept[0], count)[steps]][None]], 1)
 
 
