@@ -120,7 +120,7 @@ def _number(value: float | None, form: str = ".1f") -> str:
 
 
 def print_report(document: Document) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print("\n".join(header(document)), highlight=False, markup=False)
     for columns, rows in ((COLUMNS, cells(document)), (PAPER_COLUMNS, paper_cells(document))):
         table = Table(box=None, pad_edge=False)
