@@ -10,7 +10,7 @@ $(READY): pyproject.toml CMakeLists.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e ".[export,cpu,dev]"
-	$(BIN)/python -m pip install -q --no-deps timm==1.0.22  # with its torchvision it would bring torch for CUDA
+	$(BIN)/python -m pip install -q --no-deps $$(grep -o 'timm==[0-9.]*' pyproject.toml)  # its torchvision would bring torch for CUDA
 	touch $(READY)
 
 # real weights and a real video, built for the CPU and ahead of time for an A100, and asked about

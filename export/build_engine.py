@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from ..engines.package import (
 )
 from ..engines.targets import PRECISIONS, TARGETS, WEIGHTS_ONLY, Asked, Dialect, Target
 from ..runtime.cli import guard
+from ..runtime.long_video import MERGED_AT_ONCE
 from ..runtime.text import numbered
 from .artifact import Artifact, load_artifact
 from .check_plain import check_plain
@@ -64,7 +65,6 @@ from .verify import Verifier, sample_clips
 CHUNK = 512
 CPU_LONG_CHUNK = 64  # ONNX Runtime's CPU attention takes memory for each position of a chunk with each of the cache
 KEYFRAMES = 32
-MERGED_AT_ONCE = 32  # clips or frames
 QUERY_TOKENS = 512
 QUESTION = "What happens in this video?"  # in polygraphy's inputs
 GRAPHS: tuple[GraphName, ...] = ("encoder", "decoder")
@@ -249,7 +249,7 @@ def describe_model(
         long_video = _describe_long_video(artifact, long_frames, KEYFRAMES if keyframes is None else keyframes)
     # what can't fit is refused before text is laid out around each of its frames
     _capacity(artifact, frames, tiles, long_video, lambda frames: package.UNIT_TEXT_POSITIONS)
-    unit_text = partial(_unit_text_positions, artifact)
+    unit_text = cache(partial(_unit_text_positions, artifact))
     capacity = _capacity(artifact, frames, tiles, long_video, unit_text)
     return package.Model(
         image_size=encoder.config.vit.image_size,

@@ -60,6 +60,11 @@ def anchor_frames(frames: int) -> list[int]:
     return [*range(frames - 1, -1, -ANCHOR_EVERY)][::-1]
 
 
+def anchors_each(context: int, frames: int) -> int:
+    """Anchors that each of `anchor_frames` has, of `context` a frame; what they can't share evenly is left out."""
+    return context * frames // len(anchor_frames(frames))
+
+
 def in_order(index: Tensor) -> Tensor:
     """Where to take from to have index int64 (B, K) rise; TensorRT 10's first parsers document TopK of floats only."""
     return index.to(torch.float32).topk(index.shape[1], largest=False)[1]
@@ -72,7 +77,7 @@ def reduce_segment(tokens: Tensor, attention: Tensor, salient: int, context: int
         tokens: (B, T, N, C).
         attention: (B, T, N).
         salient: tokens that each frame keeps as they are.
-        context: anchors, a frame; what the anchor frames can't share evenly is left out.
+        context: anchors, a frame; see `anchors_each`.
 
     Returns:
         tokens (B, K, C); place int64 (B, K), rising, t * N + n; whether it is an anchor, bool (B, K).
@@ -83,9 +88,8 @@ def reduce_segment(tokens: Tensor, attention: Tensor, salient: int, context: int
     is_salient = mark(chosen, count)
     index = [(chosen + torch.arange(frames, device=chosen.device)[:, None] * count).reshape(-1, frames * salient)]
     kept = [take(flat, index[0])]
-    holders = anchor_frames(frames)
-    if anchors := context * frames // len(holders):
-        for frame in holders:
+    if anchors := anchors_each(context, frames):
+        for frame in anchor_frames(frames):
             score = density_and_score(tokens[:, frame], is_salient[:, frame])[1]
             index.append(score.topk(anchors)[1] + frame * count)
             kept.append(merge(flat, ~is_salient.reshape(-1, frames * count), index[-1]))
@@ -104,15 +108,14 @@ class FastVID(TokenReducer):
         kept = self.per_frame // ratio
         self.context = int(kept * CONTEXT)
         self.salient = kept - self.context
-        holders = len(anchor_frames(frames))
-        anchors = self.context * frames // holders
+        anchors = anchors_each(self.context, frames)
         others, needed = self.per_frame - self.salient, max(anchors, DENSITY_NEIGHBOURS)
         if anchors and needed > others:
             raise ValueError(
                 f"ratio {ratio} leaves {others} of the {self.per_frame} tokens of a frame that are not salient, "
                 f"{needed} are needed to have {anchors} anchors; expected a higher ratio"
             )
-        self.units, self.tokens = 1, frames * self.salient + holders * anchors
+        self.units, self.tokens = 1, frames * self.salient + len(anchor_frames(frames)) * anchors
         refuse_sorting(self.tokens)
 
     def forward(self, tokens: Tensor, q: Tensor, k: Tensor) -> Tensor:
