@@ -32,8 +32,7 @@ def register(capability: str) -> None:
 
     def implementation(kernel: Kernel, clips: trtp.ShapeExpr) -> Implementation:
         launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(clips * kernel.units, kernel.per_block)
-        launch.grid_y = kernel.columns
+        launch.grid_x = trtp.cdiv(clips * kernel.units, kernel.per_block) * kernel.slabs
         launch.block_x = kernel.threads
         launch.shared_mem = kernel.shared
         integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(n) for n in (clips, *kernel.integers)])

@@ -25,6 +25,7 @@ MOST_TAPS = 125
 ROUNDS = 4  # positions that a thread convolves one after the other, with the weights it has
 ALIGNED = 8  # of which channels are a multiple where more than one is moved at once
 POOLED_AT_ONCE = ALIGNED * THREADS  # channels that fit a thread block's registers
+MOST_POOLED = (48 << 10) // 4 - 1024  # of which the sums fit its shared memory, beside the rest
 PARTIAL_SUMS = 256  # thread blocks at most that sum up gradients of weights, each on its own
 Type = Literal["fp32", "fp16", "bf16"]
 LANES: dict[Type, int] = {"fp32": 4, "fp16": 8, "bf16": 8}  # channels that are moved at once: 16 bytes
@@ -53,8 +54,10 @@ class Kernel:
         entry: what instantiates it alone; see the end of native/kernels.cu.
         integers: arguments behind the number of clips, between inputs and output.
         units: of work, of a clip.
-        per_block: of those, what a thread block is for: the grid is (ceil(clips * units / per_block), columns, places).
-        most_blocks: of the grid's first size, if there is a limit; thread blocks then do more each.
+        per_block: of those, what a thread block is for.
+        slabs: thread blocks for the same units, each for some of the channels.
+        places: the grid's second size.
+        most_blocks: of each slab, if there is a limit; thread blocks then do more each.
         threads: of a thread block.
         shared: bytes of dynamic shared memory.
     """
@@ -64,15 +67,19 @@ class Kernel:
     integers: tuple[int, ...]
     units: int
     per_block: int
-    columns: int
+    slabs: int
     threads: int
     places: int = 1
     most_blocks: int | None = None
     shared: int = 0
 
-    def grid(self, clips: int) -> tuple[int, int, int]:
+    def blocks(self, clips: int) -> int:
+        """Of a slab."""
         blocks = math.ceil(clips * self.units / self.per_block)
-        return min(blocks, self.most_blocks or blocks), self.columns, self.places
+        return min(blocks, self.most_blocks or blocks)
+
+    def grid(self, clips: int) -> tuple[int, int, int]:
+        return self.blocks(clips) * self.slabs, self.places, 1
 
 
 @dataclass(frozen=True)
@@ -139,8 +146,8 @@ def input_gradient(type_: Type, shape: ConvolutionShape) -> Kernel:
 
 
 def weight_gradient(type_: Type, shape: ConvolutionShape) -> Kernel:
-    """x, gradient of the output -> FP32 (blocks, taps + 1, channels): the bias's gradient is the last of each, and the
-    gradient is the sum over the blocks."""
+    """x, gradient of the output -> FP32 (blocks(clips), taps + 1, channels): the bias's gradient is the last of each,
+    and the gradient is the sum over the blocks."""
     at_once = 3 if shape.kernel[0] == 3 else 1  # taps through time
     made = _over_positions(
         f"depthwise_temporal_conv_weight_gradient{at_once}",
@@ -160,26 +167,33 @@ def _over_positions(name: str, macro: str, type_: Type, shape: ConvolutionShape,
         integers=shape.integers,
         units=positions,
         per_block=THREADS * lanes // SLAB * ROUNDS,
-        columns=math.ceil(shape.channels / SLAB),
+        slabs=math.ceil(shape.channels / SLAB),
         threads=THREADS,
     )
 
 
 def pooling(type_: Type, blocks: Sequence[int], channels: int) -> Kernel:
-    """For WeightedAveragePool, x -> out; see export/ops/weighted_average_pool.py."""
-    nt, t, nh, h, nw, w = blocks
-    at_once = channels % ALIGNED == 0 and channels <= POOLED_AT_ONCE
-    name = "pool" if at_once else "pool_any"
+    """For WeightedAveragePool, x -> out; see export/ops/weighted_average_pool.py.
+
+    Raises:
+        InputError: there are too many channels.
+    """
+    nt, _, nh, _, nw, _ = blocks
+    wide = channels % ALIGNED == 0
+    at_once = wide and channels <= POOLED_AT_ONCE
+    if channels > MOST_POOLED:
+        raise InputError(f"pooling of {channels} channels; the CUDA kernels take {MOST_POOLED} at most")
+    lanes = LANES[type_] if wide else 1
     (scale,) = struct.unpack("<i", struct.pack("<f", channels**-0.5))  # a float's bits: integers only are passed
     return Kernel(
-        name=f"weighted_average_{name}_{type_}",
-        entry=f"POOL({name},{type_},{type_.upper()})",
+        name=f"weighted_average_pool_{type_}" if at_once else f"weighted_average_pool_any_{type_}_{lanes}",
+        entry=f"POOL({type_},{type_.upper()})" if at_once else f"POOL_ANY({type_},{type_.upper()},{lanes})",
         integers=(*blocks, channels, scale),
         units=nt * nh * nw,
         per_block=1,
-        columns=1,
+        slabs=1,
         threads=32 * math.ceil(channels / ALIGNED / 32) if at_once else THREADS,
-        shared=0 if at_once else 4 * t * h * w,
+        shared=0 if at_once else 4 * channels,
     )
 
 

@@ -2,13 +2,12 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import msgspec
+import native
 import pytest
 from hypothesis import settings
 
@@ -16,6 +15,7 @@ os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when a test module first
 
 # the same examples in every run; `pytest --hypothesis-profile=default` looks for new ones
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the machine may be busy
+settings.register_profile("few", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("repeatable")
 
 
@@ -284,17 +284,17 @@ def tiny_manifest():
 @pytest.fixture(scope="session")
 def native_build(tmp_path_factory):
     """The top-level CMakeLists.txt built without a CUDA compiler: the folder, and what cmake said."""
-    assert shutil.which("cmake") and shutil.which("c++"), "the native tests need cmake and a C++ compiler"
     folder = tmp_path_factory.mktemp("native")
-
-    def cmake(*arguments):
-        done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    told = cmake("-S", Path(__file__).parents[1], "-B", folder, "-DNVCC=OFF")
-    cmake("--build", folder)
+    told = native.cmake("-S", native.SOURCES, "-B", folder, "-DNVCC=OFF")
+    native.cmake("--build", folder)
     return folder, told
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """LITEFRAME_EMULATED names a library that is built already, with sanitizers say."""
+    library = os.environ.get("LITEFRAME_EMULATED") or native.build_emulated(tmp_path_factory.mktemp("emulated"))
+    return native.Emulated(library)
 
 
 @pytest.fixture(scope="session")

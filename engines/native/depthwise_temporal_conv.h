@@ -38,11 +38,13 @@ struct Column {
     int clip, row, column, channel;
 };
 
-// Weights and biases in FP32: tap k of the channels at `taps + k * next_tap`.
+// Weights and biases in FP32: tap k of the channels at `taps + k * next_tap`, four of them together.
 struct Taps {
     const float* taps;
-    int next_tap;
+    int next_tap, next_four;
     const float* bias;
+
+    LITEFRAME_INLINE float of(const float* tap, int channel) const { return tap[channel / 4 * next_four + channel % 4]; }
 };
 
 // Adds the residual, if there is one.
@@ -51,7 +53,7 @@ LITEFRAME_INLINE void write(float (&sums)[W], const T* residual, T* out, long lo
     if (residual) {
         const Lanes<T, W> more = load<W>(residual + place);
         LITEFRAME_UNROLL
-        for (int c = 0; c < W; c++) sums[c] += to_float(more.lane[c]);
+        for (int c = 0; c < W; c++) sums[c] += more[c];
     }
     store(out + place, sums);
 }
@@ -59,7 +61,9 @@ LITEFRAME_INLINE void write(float (&sums)[W], const T* residual, T* out, long lo
 // A form of which all but the grid is known when compiled, so that loops over taps and time steps unroll.
 template <int TIME, int KT, int KH, int KW, int ST, int SH, int SW>
 struct Form {
-    static constexpr int time = TIME, steps = (TIME + ST - 1) / ST, taps = KT * KH * KW;
+    static constexpr int steps = (TIME + ST - 1) / ST, most_taps = KT * KH * KW;
+
+    static LITEFRAME_INLINE int taps(const ConvShape&) { return most_taps; }
 
     static LITEFRAME_INLINE bool fits(const ConvShape& s) {
         return s.time.size == TIME && s.time.kernel == KT && s.time.stride == ST && s.rows.kernel == KH &&
@@ -78,20 +82,26 @@ struct Form {
         LITEFRAME_UNROLL
         for (int t = 0; t < steps; t++) {
             LITEFRAME_UNROLL
-            for (int c = 0; c < W; c++) sums[t][c] = weights.bias[c];
+            for (int c = 0; c < W; c++) sums[t][c] = weights.of(weights.bias, c);
         }
         LITEFRAME_UNROLL
         for (int i = 0; i < KH; i++) {
             const int row = at.row * SH + i - KH / 2;
             if (row < 0 || row >= s.rows.size) continue;
+            Lanes<T, W> read[KW][TIME] = {};  // all of a row's before any is needed
+            bool inside[KW];
             LITEFRAME_UNROLL
             for (int j = 0; j < KW; j++) {
                 const int column = at.column * SW + j - KW / 2;
-                if (column < 0 || column >= s.columns.size) continue;
+                inside[j] = column >= 0 && column < s.columns.size;
+                if (!inside[j]) continue;
                 const T* const here = from + (static_cast<long long>(row) * s.columns.size + column) * s.channels;
-                Lanes<T, W> read[TIME];
                 LITEFRAME_UNROLL
-                for (int t = 0; t < TIME; t++) read[t] = load<W>(here + t * frame);
+                for (int t = 0; t < TIME; t++) read[j][t] = load<W>(here + t * frame);
+            }
+            LITEFRAME_UNROLL
+            for (int j = 0; j < KW; j++) {
+                if (!inside[j]) continue;
                 LITEFRAME_UNROLL
                 for (int k = 0; k < KT; k++) {
                     const float* const tap = weights.taps + ((k * KH + i) * KW + j) * weights.next_tap;
@@ -100,7 +110,7 @@ struct Form {
                         const int source = t * ST + k - KT / 2;
                         if (source < 0 || source >= TIME) continue;
                         LITEFRAME_UNROLL
-                        for (int c = 0; c < W; c++) sums[t][c] += to_float(read[source].lane[c]) * tap[c];
+                        for (int c = 0; c < W; c++) sums[t][c] += read[j][source][c] * weights.of(tap, c);
                     }
                 }
             }
@@ -114,6 +124,10 @@ struct Form {
 
 // Any form, one time step after the other.
 struct AnyForm {
+    static constexpr int most_taps = MOST_TAPS;
+
+    static LITEFRAME_INLINE int taps(const ConvShape& s) { return s.taps(); }
+
     template <int W, class T>
     static LITEFRAME_INLINE void convolve(
         const ConvShape& s, const T* x, const Taps& weights, const T* residual, T* out, const Column& at
@@ -123,7 +137,7 @@ struct AnyForm {
         for (int step = 0; step < s.time.out(); step++) {
             float sums[W];
             LITEFRAME_UNROLL
-            for (int c = 0; c < W; c++) sums[c] = weights.bias[c];
+            for (int c = 0; c < W; c++) sums[c] = weights.of(weights.bias, c);
             const float* tap = weights.taps;
             for (int k = 0; k < s.time.kernel; k++) {
                 for (int i = 0; i < s.rows.kernel; i++) {
@@ -138,7 +152,7 @@ struct AnyForm {
                             from + t * frame + (static_cast<long long>(row) * s.columns.size + column) * s.channels
                         );
                         LITEFRAME_UNROLL
-                        for (int c = 0; c < W; c++) sums[c] += to_float(read.lane[c]) * tap[c];
+                        for (int c = 0; c < W; c++) sums[c] += read[c] * weights.of(tap, c);
                     }
                 }
             }
@@ -171,7 +185,7 @@ LITEFRAME_INLINE void gather_input_gradient(
                         from + t * frame + (static_cast<long long>(row) * s.columns.out() + column) * s.channels
                     );
                     LITEFRAME_UNROLL
-                    for (int c = 0; c < W; c++) sums[c] += to_float(read.lane[c]) * tap[c];
+                    for (int c = 0; c < W; c++) sums[c] += read[c] * weights.of(tap, c);
                 }
             }
         }
@@ -205,14 +219,14 @@ LITEFRAME_INLINE void add_weight_gradient(
     for (int step = 0; step < s.time.out(); step++) {
         const Lanes<T, W> g = load<W>(grads + step * out_frame);
         LITEFRAME_UNROLL
-        for (int c = 0; c < W; c++) bias[c] += to_float(g.lane[c]);
+        for (int c = 0; c < W; c++) bias[c] += g[c];
         LITEFRAME_UNROLL
         for (int k = 0; k < N; k++) {
             const int t = step * s.time.stride + place.first + k - s.time.pad();
             if (!inside || t < 0 || t >= s.time.size) continue;
             const Lanes<T, W> read = load<W>(from + t * frame);
             LITEFRAME_UNROLL
-            for (int c = 0; c < W; c++) taps[k][c] += to_float(g.lane[c]) * to_float(read.lane[c]);
+            for (int c = 0; c < W; c++) taps[k][c] += g[c] * read[c];
         }
     }
 }

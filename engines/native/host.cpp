@@ -36,7 +36,7 @@ void convolve_columns(
         const int clip = static_cast<int>(n / s.positions()), position = static_cast<int>(n % s.positions());
         for (int channel = 0; channel < s.channels; channel += W) {
             const Column at{clip, position / s.columns.out(), position % s.columns.out(), channel};
-            F::template convolve<W>(s, x, Taps{taps + channel, s.channels, bias + channel}, residual, out, at);
+            F::template convolve<W>(s, x, Taps{taps + channel, s.channels, 4, bias + channel}, residual, out, at);
         }
     }
 }
@@ -87,7 +87,7 @@ void gather_columns(const ConvShape& s, const T* grad, const float* taps, T* out
         const int clip = static_cast<int>(n / positions), position = static_cast<int>(n % positions);
         for (int channel = 0; channel < s.channels; channel += W) {
             const Column at{clip, position / s.columns.size, position % s.columns.size, channel};
-            gather_input_gradient<W>(s, grad, Taps{taps + channel, s.channels, nullptr}, out, at);
+            gather_input_gradient<W>(s, grad, Taps{taps + channel, s.channels, 4, nullptr}, out, at);
         }
     }
 }
@@ -143,25 +143,35 @@ template <int W, class T>
 void pool_blocks(const PoolShape& s, const T* x, T* out, long long first, long long last) {
     std::vector<float> sums(s.channels);
     for (long long n = first; n < last; n++) {
-        const Block block(s, n);
+        const Block block(s, static_cast<unsigned>(n));
         RunningSoftmax softmax;
         sums.assign(s.channels, 0.0f);
         for (int begin = 0; begin < s.size(); begin += CHUNK) {
             const int count = s.size() - begin < CHUNK ? s.size() - begin : CHUNK;
-            Chunk<T, W, CHUNK> chunk;
+            Offsets at[CHUNK];
+            for (int i = 0; i < count; i++) at[i] = block.offsets(s, begin + i);
+            Chunk<T, W, CHUNK> chunk{};
             float scores[CHUNK] = {};
             for (int channel = 0; channel < s.channels; channel += W) {
-                chunk.read(s, x, block, begin, count, channel);
-                chunk.score(s, x, block, begin, count, channel, scores);
+                chunk.read(x, at, count, channel);
+                chunk.score(x, at, count, channel, scores);
             }
-            for (float& score : scores) score *= s.scale;
-            const float factor = softmax.enter(scores, count);
+            float largest = -infinity();
+            for (int i = 0; i < count; i++) {
+                scores[i] *= s.scale;
+                if (scores[i] > largest) largest = scores[i];
+            }
+            const float factor = softmax.raise(largest);
+            for (int i = 0; i < count; i++) {
+                scores[i] = softmax.weight(scores[i]);
+                softmax.total += scores[i];
+            }
             for (int channel = 0; channel < s.channels; channel += W) {
-                chunk.read(s, x, block, begin, count, channel);
+                chunk.read(x, at, count, channel);
                 chunk.add(scores, count, factor, *reinterpret_cast<float(*)[W]>(&sums[channel]));
             }
         }
-        for (int c = 0; c < s.channels; c++) from_float(sums[c] / softmax.total, out[n * s.channels + c]);
+        for (int c = 0; c < s.channels; c++) from_float(sums[c] * softmax.share(), out[n * s.channels + c]);
     }
 }
 

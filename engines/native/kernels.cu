@@ -3,13 +3,21 @@
 //     depthwise_temporal_conv_FORM_TYPE_LANES(x, weight, bias, clips, time, rows, columns, channels,
 //                                             kernel of time, rows, columns; stride of time, rows, columns; out)
 //     weighted_average_pool_TYPE(x, clips, nt, t, nh, h, nw, w, channels, bits of scale, out)
+//     weighted_average_pool_any_TYPE_LANES, likewise
 //
-// FORM is temporal4, temporal2, strided222, strided211 or any; TYPE fp32, fp16 or bf16; LANES 8, where the channels
-// divide by 8 and addresses by 16, or 1. Integers have 32 bits and lie between inputs and output, as TensorRT's
+// FORM is temporal4, temporal2, strided222, strided211 or any; TYPE fp32, fp16 or bf16; LANES what 16 bytes hold, where
+// channels divide by 8 and addresses by 16, or 1. Integers have 32 bits and lie between inputs and output, as TensorRT's
 // ahead-of-time plugins pass them. `with_residual` entries take a tensor more, behind the bias.
 
 #include "depthwise_temporal_conv.h"
 #include "weighted_average_pool.h"
+
+#ifdef __CUDACC__
+__device__ inline float* dynamic_shared() {
+    extern __shared__ __align__(16) float memory[];
+    return memory;
+}
+#endif
 
 namespace liteframe {
 
@@ -18,44 +26,58 @@ constexpr int SLAB = 64;  // channels of a thread block: 128 bytes in FP16, a li
 
 // -- DepthwiseTemporalConv
 
-template <class F>
-struct Staged {
-    static constexpr int taps = F::taps;
-};
-
-template <>
-struct Staged<AnyForm> {
-    static constexpr int taps = MOST_TAPS;
-};
-
-// A thread block's channels, and the ones of this thread.
+// Which channels and positions are a thread block's, and which of them this thread's. Thread blocks with neighbouring
+// numbers have neighbouring channels of the same positions: so what is read at a time lies together in memory.
 template <int W>
 struct Slab {
-    static constexpr int lanes = SLAB / W, columns = THREADS / lanes;
-    const int first = blockIdx.y * SLAB, lane = threadIdx.x % lanes * W, column = threadIdx.x / lanes;
-    const int channels;  // of the slab, at most SLAB
+    static constexpr int lanes = SLAB / W, columns = THREADS / lanes, fours = W < 4 ? 1 : W / 4;
+    const int slabs, first, channels;  // of the tensor; the first of this one, and how many of SLAB it has
+    const int number, numbers;  // among the thread blocks with these channels
+    const int lane, column;
 
-    __device__ explicit Slab(const ConvShape& s) : channels(min(SLAB, s.channels - first)) {}
+    __device__ explicit Slab(const ConvShape& s)
+        : slabs((s.channels + SLAB - 1) / SLAB),
+          first(blockIdx.x % slabs * SLAB),
+          channels(min(SLAB, s.channels - first)),
+          number(blockIdx.x / slabs),
+          numbers(gridDim.x / slabs),
+          lane(threadIdx.x % lanes),
+          column(threadIdx.x / lanes) {}
+
+    __device__ bool idle() const { return lane * W >= channels; }
+
+    // In shared memory: the first four channels of all lanes, then their second four, so that lanes which read four at
+    // once read from different banks.
+    static __device__ int place(int channel) {
+        return W < 4 ? channel : channel % W / 4 * (SLAB / fours) + channel / W * 4 + channel % 4;
+    }
+
+    __device__ Taps weights(const float* taps, const float* biases) const {
+        return {taps + place(lane * W), SLAB, SLAB / fours, biases + place(lane * W)};
+    }
 };
 
 // Weights of a slab in FP32, rearranged; ends with all threads in step.
-template <class T>
-__device__ void stage(const ConvShape& s, int first, int here, const T* weight, float* taps) {
-    const int count = s.taps();
-    for (int i = threadIdx.x; i < here * count; i += THREADS)
-        taps[i % count * SLAB + i / count] = to_float(weight[static_cast<long long>(first) * count + i]);
+template <int W, class T>
+__device__ __forceinline__ void stage(const Slab<W>& slab, int count, const T* weight, float* taps) {
+    for (int i = threadIdx.x; i < slab.channels * count; i += THREADS)
+        taps[i % count * SLAB + slab.place(i / count)] =
+            to_float(weight[static_cast<long long>(slab.first) * count + i]);
     __syncthreads();
 }
 
-// Calls work(column) for those of a grid of so many columns that are this thread's.
+// Calls work(column) for those of a grid of so many columns that are this thread's; a thread block's lie together.
 template <int W, class Work>
 __device__ void each_column(const Slab<W>& slab, int clips, int rows, int columns, const Work& work) {
     const unsigned positions = rows * columns, all = clips * positions, width = columns;
-    for (unsigned n = blockIdx.x * slab.columns + slab.column; n < all; n += gridDim.x * slab.columns) {
-        const unsigned position = n % positions;
+    const unsigned rounds = (all + slab.numbers * slab.columns - 1) / (slab.numbers * slab.columns);
+    const unsigned first = slab.number * rounds * slab.columns + slab.column;
+    for (unsigned round = 0; round < rounds; round++) {
+        const unsigned n = first + round * slab.columns, position = n % positions;
+        if (n >= all) break;
         work(Column{
             static_cast<int>(n / positions), static_cast<int>(position / width), static_cast<int>(position % width),
-            slab.first + slab.lane
+            slab.first + slab.lane * W
         });
     }
 }
@@ -64,12 +86,12 @@ template <class F, int W, class T>
 __device__ void convolve_all(
     const ConvShape& s, const T* x, const T* weight, const T* bias, const T* residual, T* out
 ) {
-    __shared__ float taps[Staged<F>::taps * SLAB], biases[SLAB];
+    alignas(16) __shared__ float taps[F::most_taps * SLAB], biases[SLAB];
     const Slab<W> slab(s);
-    for (int i = threadIdx.x; i < slab.channels; i += THREADS) biases[i] = to_float(bias[slab.first + i]);
-    stage(s, slab.first, slab.channels, weight, taps);
-    if (slab.lane >= slab.channels) return;
-    const Taps weights{taps + slab.lane, SLAB, biases + slab.lane};
+    for (int i = threadIdx.x; i < slab.channels; i += THREADS) biases[slab.place(i)] = to_float(bias[slab.first + i]);
+    stage(slab, F::taps(s), weight, taps);
+    if (slab.idle()) return;
+    const Taps weights = slab.weights(taps, biases);
     each_column(slab, s.clips, s.rows.out(), s.columns.out(), [&](const Column& at) {
         F::template convolve<W>(s, x, weights, residual, out, at);
     });
@@ -77,38 +99,38 @@ __device__ void convolve_all(
 
 template <int W, class T>
 __device__ void gather_all(const ConvShape& s, const T* grad, const T* weight, T* out) {
-    __shared__ float taps[MOST_TAPS * SLAB];
+    alignas(16) __shared__ float taps[MOST_TAPS * SLAB];
     const Slab<W> slab(s);
-    stage(s, slab.first, slab.channels, weight, taps);
-    if (slab.lane >= slab.channels) return;
-    const Taps weights{taps + slab.lane, SLAB, nullptr};
+    stage(slab, s.taps(), weight, taps);
+    if (slab.idle()) return;
+    const Taps weights = slab.weights(taps, taps);
     each_column(slab, s.clips, s.rows.size, s.columns.size, [&](const Column& at) {
         gather_input_gradient<W>(s, grad, weights, out, at);
     });
 }
 
-// What each thread block adds to the gradients: out (blocks, taps + 1, channels), the bias's last. A third index of the
-// grid counts places in the kernel, at each of which N taps through time are summed up at once. Blocks are added up
+// What each thread block adds to the gradients: out (blocks, taps + 1, channels), the bias's last. The grid's second
+// index counts places in the kernel, at each of which N taps through time are summed up at once. Blocks are added up
 // elsewhere, in a fixed order, so that results repeat.
 template <int N, int W, class T>
 __device__ void sum_weight_gradient(const ConvShape& s, const T* x, const T* grad, float* out) {
     __shared__ float shared[THREADS / (SLAB / W)][SLAB];
     const Slab<W> slab(s);
-    const int area = s.rows.kernel * s.columns.kernel, inside = blockIdx.z % area;
-    const Place place{static_cast<int>(blockIdx.z / area * N), inside / s.columns.kernel, inside % s.columns.kernel};
+    const int area = s.rows.kernel * s.columns.kernel, inside = blockIdx.y % area;
+    const Place place{static_cast<int>(blockIdx.y / area * N), inside / s.columns.kernel, inside % s.columns.kernel};
     float taps[N][W] = {}, bias[W] = {};
-    if (slab.lane < slab.channels) {
+    if (!slab.idle()) {
         each_column(slab, s.clips, s.rows.out(), s.columns.out(), [&](const Column& at) {
             add_weight_gradient<N, W>(s, x, grad, place, at, taps, bias);
         });
     }
-    float* const to = out + (static_cast<long long>(blockIdx.x) * (s.taps() + 1)) * s.channels + slab.first;
-#pragma unroll
+    float* const to = out + static_cast<long long>(slab.number) * (s.taps() + 1) * s.channels + slab.first;
+    LITEFRAME_UNROLL
     for (int k = 0; k <= N; k++) {
-        if (k == N && blockIdx.z) break;  // one place is enough for the bias
+        if (k == N && blockIdx.y) break;  // one place is enough for the bias
         __syncthreads();
-#pragma unroll
-        for (int c = 0; c < W; c++) shared[slab.column][slab.lane + c] = k < N ? taps[k % N][c] : bias[c];
+        LITEFRAME_UNROLL
+        for (int c = 0; c < W; c++) shared[slab.column][slab.lane * W + c] = k < N ? taps[k % N][c] : bias[c];
         __syncthreads();
         for (int c = threadIdx.x; c < slab.channels; c += THREADS) {
             float sum = 0.0f;
@@ -148,36 +170,73 @@ __device__ void sum_weight_gradient(const ConvShape& s, const T* x, const T* gra
         liteframe::sum_weight_gradient<N, W, T>(SHAPE, x, grad, out);                                               \
     }
 
-// -- WeightedAveragePool
+// -- WeightedAveragePool: a thread block for each block of tokens
 
-[[maybe_unused]] constexpr int CHUNK = 16;  // tokens that are read at once: a whole block at 16x
-[[maybe_unused]] constexpr int WARPS = THREADS / 32;  // of a thread block, at most
+constexpr int CHUNK = 16;  // tokens that are read at once: a whole block at 16x
+constexpr int WARPS = THREADS / 32;  // of a thread block, at most
 
-// Of each score the sum over all threads of the block.
-template <int N>
-__device__ void sum_up(float (&scores)[N], float (&shared)[N][WARPS]) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) scores[i] += __shfl_xor_sync(~0u, scores[i], offset);
-        if (lane == 0) shared[i][warp] = scores[i];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        scores[i] = 0.0f;
-        for (int w = 0; w < warps; w++) scores[i] += shared[i][w];
-    }
+// Where a chunk's tokens are; ends with all threads in step.
+__device__ __forceinline__ void locate(const PoolShape& s, const Block& block, int first, int count, Offsets (&at)[CHUNK]) {
+    if (threadIdx.x < static_cast<unsigned>(count)) at[threadIdx.x] = block.offsets(s, first + threadIdx.x);
     __syncthreads();
 }
 
-// A thread block for each block of tokens, a thread for every eight channels, of which there are 8 * THREADS at most:
-// what it read stays in its registers.
+// Adds up pairs of lanes that are HALF apart: one keeps the lower HALF of the scores, the other the upper.
+template <int HALF>
+__device__ __forceinline__ void halve(float (&scores)[CHUNK]) {
+    const bool upper = threadIdx.x & HALF;
+    LITEFRAME_UNROLL
+    for (int i = 0; i < HALF; i++) {
+        const float low = scores[i], high = scores[i + HALF];
+        scores[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, HALF);
+    }
+}
+
+// Of each score the sum over a warp, in the two lanes whose number modulo CHUNK is the score's.
+__device__ __forceinline__ float sum_over_warp(float (&scores)[CHUNK]) {
+    static_assert(CHUNK == 16, "a warp is twice that");
+    halve<8>(scores);
+    halve<4>(scores);
+    halve<2>(scores);
+    halve<1>(scores);
+    return scores[0] + __shfl_xor_sync(~0u, scores[0], CHUNK);
+}
+
+// Turns scores, of which each thread has what its channels add, into weights; returns by what earlier sums are to be
+// multiplied. Threads were in step since they last did, and are once in between.
+__device__ __forceinline__ float weigh(
+    float (&scores)[CHUNK], int count, float scale, float (&sums)[WARPS][CHUNK], RunningSoftmax& softmax
+) {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, token = lane % CHUNK;
+    const float sum = sum_over_warp(scores);
+    if (lane < CHUNK) sums[threadIdx.x / 32][token] = sum;
+    __syncthreads();
+    float score = 0.0f;
+    for (int warp = 0; warp < warps; warp++) score += sums[warp][token];
+    score *= scale;
+    float largest = token < count ? score : -infinity();
+    LITEFRAME_UNROLL
+    for (int offset = CHUNK / 2; offset; offset /= 2) {
+        const float other = __shfl_xor_sync(~0u, largest, offset);
+        if (other > largest) largest = other;
+    }
+    const float factor = softmax.raise(largest);
+    const float weight = token < count ? softmax.weight(score) : 0.0f;
+    float total = weight;
+    LITEFRAME_UNROLL
+    for (int offset = CHUNK / 2; offset; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    softmax.total += total;
+    LITEFRAME_UNROLL
+    for (int i = 0; i < CHUNK; i++) scores[i] = __shfl_sync(~0u, weight, i);
+    return factor;
+}
+
+// A thread for every eight channels, of which there are 8 * THREADS at most: what it read stays in its registers.
 template <class T>
 __device__ void pool(const PoolShape& s, const T* x, T* out) {
     constexpr int W = 8;
-    __shared__ float shared[CHUNK][WARPS];
+    __shared__ Offsets at[CHUNK];
+    __shared__ float partial[WARPS][CHUNK];
     const Block block(s, blockIdx.x);
     const int channel = threadIdx.x * W;
     const bool active = channel < s.channels;
@@ -185,55 +244,77 @@ __device__ void pool(const PoolShape& s, const T* x, T* out) {
     float sums[W] = {};
     for (int first = 0; first < s.size(); first += CHUNK) {
         const int count = min(CHUNK, s.size() - first);
-        Chunk<T, W, CHUNK> chunk;
+        locate(s, block, first, count, at);
+        Chunk<T, W, CHUNK> chunk{};
         float scores[CHUNK] = {};
         if (active) {
-            chunk.read(s, x, block, first, count, channel);
-            chunk.score(s, x, block, first, count, channel, scores);
+            chunk.read(x, at, count, channel);
+            chunk.score(x, at, count, channel, scores);
         }
-        sum_up(scores, shared);
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) scores[i] *= s.scale;
-        const float factor = softmax.enter(scores, count);
+        const float factor = weigh(scores, count, s.scale, partial, softmax);
         if (active) chunk.add(scores, count, factor, sums);
     }
     if (!active) return;
-#pragma unroll
-    for (int c = 0; c < W; c++) sums[c] /= softmax.total;
+    scale(sums, softmax.share());
     store(out + static_cast<long long>(blockIdx.x) * s.channels + channel, sums);
 }
 
-// Any number of channels; tokens are read again when they are summed up.
-template <class T>
+template <int W>
+__device__ void fetch(const float* address, float (&values)[W]) {
+    const Lanes<float, W> read = load<W>(address);
+    LITEFRAME_UNROLL
+    for (int c = 0; c < W; c++) values[c] = read[c];
+}
+
+// Any number of channels: sums are in shared memory, and tokens are read again, from the caches, when they are added.
+template <int W, class T>
 __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
-    __shared__ float shared[1][WARPS];
-    extern __shared__ float weights[];  // of the block's tokens
+    __shared__ Offsets at[CHUNK];
+    __shared__ float partial[WARPS][CHUNK];
+    float* const sums = dynamic_shared();  // each thread's are its own
     const Block block(s, blockIdx.x);
     RunningSoftmax softmax;
-    for (int i = 0; i < s.size(); i++) {
-        float score[1] = {0.0f};
-        for (int c = threadIdx.x; c < s.channels; c += blockDim.x)
-            score[0] += to_float(x[block.cls(s, i) * s.channels + c]) * to_float(x[block.token(s, i) * s.channels + c]);
-        sum_up(score, shared);
-        score[0] *= s.scale;
-        weights[i] = score[0];  // the same from all threads
-        softmax.enter(score, 1);
+    const int mine = threadIdx.x * W, step = blockDim.x * W;
+    for (int channel = mine; channel < s.channels; channel += step) {
+        const float nothing[W] = {};
+        store(sums + channel, nothing);
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < s.channels; c += blockDim.x) {
-        float sum = 0.0f;
-        for (int i = 0; i < s.size(); i++)
-            sum += softmax.weight(weights[i]) * to_float(x[block.token(s, i) * s.channels + c]);
-        sum /= softmax.total;
-        from_float(sum, out[static_cast<long long>(blockIdx.x) * s.channels + c]);
+    for (int first = 0; first < s.size(); first += CHUNK) {
+        const int count = min(CHUNK, s.size() - first);
+        locate(s, block, first, count, at);
+        float scores[CHUNK] = {};
+        for (int channel = mine; channel < s.channels; channel += step) {
+            Chunk<T, W, CHUNK> chunk{};
+            chunk.read(x, at, count, channel);
+            chunk.score(x, at, count, channel, scores);
+        }
+        const float factor = weigh(scores, count, s.scale, partial, softmax);
+        for (int channel = mine; channel < s.channels; channel += step) {
+            Chunk<T, W, CHUNK> chunk{};
+            chunk.read(x, at, count, channel);
+            float sum[W];
+            fetch(sums + channel, sum);
+            chunk.add(scores, count, factor, sum);
+            store(sums + channel, sum);
+        }
+        __syncthreads();
+    }
+    for (int channel = mine; channel < s.channels; channel += step) {
+        float sum[W];
+        fetch(sums + channel, sum);
+        scale(sum, softmax.share());
+        store(out + static_cast<long long>(blockIdx.x) * s.channels + channel, sum);
     }
 }
 
-#define POOL(name, type, T)                                                                                         \
-    ENTRY weighted_average_##name##_##type(                                                                         \
-        const T* x, int clips, int nt, int t, int nh, int h, int nw, int w, int channels, int scale, T* out         \
-    ) {                                                                                                             \
-        liteframe::name<T>({clips, nt, t, nh, h, nw, w, channels, __int_as_float(scale)}, x, out);                  \
+#define POOL_SHAPE int clips, int nt, int t, int nh, int h, int nw, int w, int channels, int scale
+#define BLOCKS                                                                                                      \
+    liteframe::PoolShape { clips, nt, t, nh, h, nw, w, channels, __int_as_float(scale) }
+#define POOL(type, T)                                                                                               \
+    ENTRY weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) { liteframe::pool<T>(BLOCKS, x, out); }
+#define POOL_ANY(type, T, W)                                                                                        \
+    ENTRY weighted_average_pool_any_##type##_##W(const T* x, POOL_SHAPE, T* out) {                                  \
+        liteframe::pool_any<W, T>(BLOCKS, x, out);                                                                  \
     }
 
 }  // namespace liteframe
@@ -250,8 +331,9 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
     ENTRY_OF(any, AnyForm, type, T, 1)
 #define INFERENCE(type, T, W)                                                                                       \
     FORMS(CONV, type, T, W)                                                                                         \
-    POOL(pool, type, T)                                                                                             \
-    POOL(pool_any, type, T)
+    POOL(type, T)                                                                                                   \
+    POOL_ANY(type, T, W)                                                                                            \
+    POOL_ANY(type, T, 1)
 #define TRAINING(type, T, W)                                                                                        \
     FORMS(CONV_WITH_RESIDUAL, type, T, W)                                                                           \
     INPUT_GRADIENT(type, T, W)                                                                                      \
@@ -265,7 +347,7 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
     ENTRIES(fp16, FP16, 8)                                                                                          \
     ENTRIES(bf16, BF16, 8)
 
-// Which entries are compiled: all, or those that are asked for, such as one by -DLITEFRAME_ENTRIES=POOL(pool,fp16,FP16)
+// Which entries are compiled: all, or those that are asked for, such as one by -DLITEFRAME_ENTRIES=POOL(fp16,FP16)
 #ifndef LITEFRAME_ENTRIES
 #define LITEFRAME_ENTRIES OF_ALL_TYPES(INFERENCE) OF_ALL_TYPES(TRAINING)
 #endif

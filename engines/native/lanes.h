@@ -97,19 +97,46 @@ LITEFRAME_INLINE void from_float(float value, Brain& out) {
 template <class T, int W>
 struct alignas(W == 1 ? sizeof(T) : 16) Lanes {
     T lane[W];
+
+    LITEFRAME_INLINE float operator[](int i) const { return to_float(lane[i]); }
 };
+
+#ifdef __CUDA_ARCH__
+
+// In pairs, as registers have them: taken apart when loaded, they would be put together again where branches meet.
+template <class T, int W>
+struct alignas(16) Pairs {
+    unsigned pairs[W / 2];
+
+    LITEFRAME_INLINE float operator[](int i) const {
+        return to_float(T{static_cast<unsigned short>(i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xffff)});
+    }
+};
+
+template <>
+struct Lanes<Half, 8> : Pairs<Half, 8> {};
+
+template <>
+struct Lanes<Brain, 8> : Pairs<Brain, 8> {};
+
+#endif
 
 template <int W, class T>
 LITEFRAME_INLINE Lanes<T, W> load(const T* address) {
     return *reinterpret_cast<const Lanes<T, W>*>(address);
 }
 
+template <class T, int W>
+struct alignas(W == 1 ? sizeof(T) : 16) Stored {
+    T lane[W];
+};
+
 template <int W, class T>
 LITEFRAME_INLINE void store(T* address, const float (&values)[W]) {
-    Lanes<T, W> out;
+    Stored<T, W> out;
     LITEFRAME_UNROLL
     for (int i = 0; i < W; i++) from_float(values[i], out.lane[i]);
-    *reinterpret_cast<Lanes<T, W>*>(address) = out;
+    *reinterpret_cast<Stored<T, W>*>(address) = out;
 }
 
 }  // namespace liteframe

@@ -62,9 +62,8 @@ struct DepthwiseTemporalConvOp {
         if (s.taps() > MOST_TAPS || s.rows.size * s.columns.size != x.d[2]) return cudaErrorInvalidValue;
         const auto kernel = Kernels::convolution(s);
         const int lanes = s.channels % LANES ? 1 : Kernels::lanes, per_block = THREADS * lanes / SLAB * ROUNDS;
-        const dim3 grid(
-            ceil_div(static_cast<long long>(s.clips) * s.positions(), per_block), ceil_div(s.channels, SLAB)
-        );
+        const int grid =
+            ceil_div(static_cast<long long>(s.clips) * s.positions(), per_block) * ceil_div(s.channels, SLAB);
         kernel<<<grid, THREADS, 0, stream>>>(
             static_cast<const T*>(in[0]), static_cast<const T*>(in[1]), static_cast<const T*>(in[2]), s.clips,
             s.time.size, s.rows.size, s.columns.size, s.channels, s.time.kernel, s.rows.kernel, s.columns.kernel,
@@ -96,14 +95,14 @@ struct WeightedAveragePoolOp {
     ) {
         const Dims x = desc[0].dims;
         const Ints& b = a[0];
-        const int channels = static_cast<int>(x.d[3]), size = b[1] * b[3] * b[5];
+        const int channels = static_cast<int>(x.d[3]);
         const bool at_once = channels % LANES == 0 && channels <= LANES * THREADS;
         const float scale = 1.0f / std::sqrt(static_cast<float>(channels));
         int bits;
         std::memcpy(&bits, &scale, sizeof bits);
-        const auto kernel = at_once ? Kernels::pool : Kernels::pool_any;
+        const auto kernel = at_once ? Kernels::pool : channels % LANES ? Kernels::pool_any : Kernels::pool_any_wide;
         const int threads = at_once ? ceil_div(channels, LANES * 32) * 32 : THREADS;
-        kernel<<<static_cast<unsigned>(x.d[0]) * b[0] * b[2] * b[4], threads, at_once ? 0 : size * sizeof(float),
+        kernel<<<static_cast<unsigned>(x.d[0]) * b[0] * b[2] * b[4], threads, at_once ? 0 : channels * sizeof(float),
                  stream>>>(
             static_cast<const T*>(in[0]), static_cast<int>(x.d[0]), b[0], b[1], b[2], b[3], b[4], b[5], channels,
             bits, static_cast<T*>(out)
@@ -125,7 +124,9 @@ struct WeightedAveragePoolOp {
             if (Strided211::fits(s)) return depthwise_temporal_conv_strided211_##type##_##LANES_OF;                 \
             return depthwise_temporal_conv_any_##type##_##LANES_OF;                                                 \
         }                                                                                                           \
-        static constexpr auto pool = weighted_average_pool_##type, pool_any = weighted_average_pool_any_##type;     \
+        static constexpr auto pool = weighted_average_pool_##type;                                                  \
+        static constexpr auto pool_any = weighted_average_pool_any_##type##_1;                                      \
+        static constexpr auto pool_any_wide = weighted_average_pool_any_##type##_##LANES_OF;                        \
     };
 
 KERNELS(Fp32, fp32, float, 4)

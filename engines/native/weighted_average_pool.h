@@ -19,27 +19,27 @@ struct PoolShape {
     LITEFRAME_INLINE long long tokens() const { return 1 + static_cast<long long>(nh) * h * nw * w; }
 };
 
+// Of a token and of its frame's CLS, in numbers from where x begins.
+struct alignas(16) Offsets {
+    long long token, cls;
+};
+
 // The tokens of one block, in order of time, row and column.
 struct Block {
     int clip, time, row, column;
 
-    LITEFRAME_INLINE Block(const PoolShape& s, long long number) {
-        column = static_cast<int>(number % s.nw);
-        row = static_cast<int>(number / s.nw % s.nh);
-        time = static_cast<int>(number / s.nw / s.nh % s.nt);
-        clip = static_cast<int>(number / s.nw / s.nh / s.nt);
+    LITEFRAME_INLINE Block(const PoolShape& s, unsigned number) {
+        column = number % s.nw;
+        row = number / s.nw % s.nh;
+        time = number / s.nw / s.nh % s.nt;
+        clip = number / s.nw / s.nh / s.nt;
     }
 
-    // Of the frame in which a member is.
-    LITEFRAME_INLINE long long cls(const PoolShape& s, int member) const {
-        const int frame = time * s.t + member / (s.h * s.w);
-        return (static_cast<long long>(clip) * s.nt * s.t + frame) * s.tokens();
-    }
-
-    LITEFRAME_INLINE long long token(const PoolShape& s, int member) const {
-        const int inside = member % (s.h * s.w);
+    LITEFRAME_INLINE Offsets offsets(const PoolShape& s, int member) const {
+        const int frame = time * s.t + member / (s.h * s.w), inside = member % (s.h * s.w);
         const long long y = row * s.h + inside / s.w, x = column * s.w + inside % s.w;
-        return cls(s, member) + 1 + y * s.nw * s.w + x;
+        const long long cls = (static_cast<long long>(clip) * s.nt * s.t + frame) * s.tokens();
+        return {(cls + 1 + y * s.nw * s.w + x) * s.channels, cls * s.channels};
     }
 };
 
@@ -49,22 +49,12 @@ struct RunningSoftmax {
 
     LITEFRAME_INLINE RunningSoftmax() : most(-infinity()), total(0.0f) {}
 
-    // Turns scores into weights, relative to the largest so far; returns by what earlier sums are to be multiplied.
-    template <int N>
-    LITEFRAME_INLINE float enter(float (&scores)[N], int count) {
+    // Takes in a larger score, or not; returns by what earlier sums are to be multiplied.
+    LITEFRAME_INLINE float raise(float score) {
         const float before = most;
-        LITEFRAME_UNROLL
-        for (int i = 0; i < N; i++) {
-            if (i < count && scores[i] > most) most = scores[i];
-        }
+        if (score > most) most = score;
         const float factor = before == most ? 1.0f : expf(before - most);
         total *= factor;
-        LITEFRAME_UNROLL
-        for (int i = 0; i < N; i++) {
-            if (i >= count) continue;
-            scores[i] = weight(scores[i]);
-            total += scores[i];
-        }
         return factor;
     }
 
@@ -72,41 +62,49 @@ struct RunningSoftmax {
     LITEFRAME_INLINE float weight(float score) const {
         return score == -infinity() ? 0.0f : expf(score - most);
     }
+
+    // What weights are to be multiplied with to sum up to one.
+    LITEFRAME_INLINE float share() const { return 1.0f / total; }
 };
+
+template <int W>
+LITEFRAME_INLINE void scale(float (&values)[W], float factor) {
+    LITEFRAME_UNROLL
+    for (int c = 0; c < W; c++) values[c] *= factor;
+}
 
 // Some channels of a chunk of a block's tokens, kept as they were read.
 template <class T, int W, int N>
 struct Chunk {
     Lanes<T, W> tokens[N];
 
-    LITEFRAME_INLINE void read(const PoolShape& s, const T* x, const Block& block, int first, int count, int channel) {
+    LITEFRAME_INLINE void read(const T* x, const Offsets (&at)[N], int count, int channel) {
         LITEFRAME_UNROLL
         for (int i = 0; i < N; i++) {
-            if (i < count) tokens[i] = load<W>(x + block.token(s, first + i) * s.channels + channel);
+            if (i < count) tokens[i] = load<W>(x + at[i].token + channel);
         }
     }
 
     // What these channels add to the scores, not scaled yet.
     LITEFRAME_INLINE void score(
-        const PoolShape& s, const T* x, const Block& block, int first, int count, int channel, float (&scores)[N]
+        const T* x, const Offsets (&at)[N], int count, int channel, float (&scores)[N]
     ) const {
         LITEFRAME_UNROLL
         for (int i = 0; i < N; i++) {
             if (i >= count) continue;
-            const Lanes<T, W> cls = load<W>(x + block.cls(s, first + i) * s.channels + channel);
+            const Lanes<T, W> cls = load<W>(x + at[i].cls + channel);
             LITEFRAME_UNROLL
-            for (int c = 0; c < W; c++) scores[i] += to_float(cls.lane[c]) * to_float(tokens[i].lane[c]);
+            for (int c = 0; c < W; c++) scores[i] += cls[c] * tokens[i][c];
         }
     }
 
     LITEFRAME_INLINE void add(const float (&weights)[N], int count, float factor, float (&sums)[W]) const {
-        LITEFRAME_UNROLL
-        for (int c = 0; c < W; c++) sums[c] *= factor;
+        scale(sums, factor);
         LITEFRAME_UNROLL
         for (int i = 0; i < N; i++) {
             if (i >= count) continue;
             LITEFRAME_UNROLL
-            for (int c = 0; c < W; c++) sums[c] += weights[i] * to_float(tokens[i].lane[c]);
+            for (int c = 0; c < W; c++) sums[c] += weights[i] * tokens[i][c];
         }
     }
 };

@@ -95,7 +95,7 @@ def convolve_backward_on_cuda(
         _launch(kernels.input_gradient(type_, shape), clips, [grad, narrow], grad_x)
     kernel = kernels.weight_gradient(type_, shape)
     taps = weight[0].numel()
-    parts = x.new_empty((kernel.grid(clips)[0], taps + 1, len(weight)), dtype=torch.float32)
+    parts = x.new_empty((kernel.blocks(clips), taps + 1, len(weight)), dtype=torch.float32)
     _launch(kernel, clips, [x, grad], parts)
     sums = parts.sum(0).to(weight.dtype)
     return grad_x, sums[:taps].T.reshape(weight.shape), sums[taps]

@@ -31,9 +31,10 @@ def tool(name, *arguments):
 
 def entries():
     """Names of all entry points."""
-    names = {f"weighted_average_{pool}_{type_}" for pool in ("pool", "pool_any") for type_ in TYPES}
+    names = {f"weighted_average_pool_{type_}" for type_ in TYPES}
     for type_ in TYPES:
         for lanes in (kernels.LANES[type_], 1):
+            names.add(f"weighted_average_pool_any_{type_}_{lanes}")
             gradients = "input_gradient", "weight_gradient1", "weight_gradient3"
             forms = FORMS if lanes > 1 else ["any"]
             kinds = [*gradients, *forms, *(f"with_residual_{form}" for form in forms)]
@@ -69,7 +70,7 @@ def test_nothing_spills_and_memory_moves_by_16_bytes(machine_code):
         stores = {*re.findall(r"\bSTG[.\w]*", text)}
         loads = {*re.findall(r"\bLDG[.\w]*", text)}
         wide_loads, wide_stores = ({kind for kind in kinds if kind.endswith(".128")} for kinds in (loads, stores))
-        narrow = name.endswith("_1") or "pool_any" in name
+        narrow = name.endswith("_1")
         assert bool(wide_loads) != narrow, (name, loads)
         if "weight_gradient" in name:
             continue  # its results are few
@@ -114,12 +115,12 @@ def test_grids_cover_the_work_and_names_exist(shape, type_, clips):
         kernels.input_gradient(type_, shape),
         kernels.weight_gradient(type_, shape),
     ):
-        x, y, z = kernel.grid(clips)
+        blocks, slabs = kernel.blocks(clips), kernel.slabs
         assert kernel.name in entries()
-        assert y * kernels.SLAB >= shape.channels > (y - 1) * kernels.SLAB
-        assert x * kernel.per_block >= clips * kernel.units or x == kernels.PARTIAL_SUMS
-        assert (x - 1) * kernel.per_block < clips * kernel.units
-        assert y < 65536 and z < 65536
+        assert kernel.grid(clips) == (blocks * slabs, kernel.places, 1) and kernel.places < 65536
+        assert slabs * kernels.SLAB >= shape.channels > (slabs - 1) * kernels.SLAB
+        assert blocks * kernel.per_block >= clips * kernel.units or blocks == kernels.PARTIAL_SUMS
+        assert (blocks - 1) * kernel.per_block < clips * kernel.units
     taps = math.prod(shape.kernel)
     assert kernel.places * (3 if "gradient3" in kernel.name else 1) == taps
     out = [math.ceil(n / s) for n, s in zip(shape.grid, shape.strides[1:], strict=True)]

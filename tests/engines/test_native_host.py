@@ -1,98 +1,25 @@
 """The kernels' arithmetic, compiled for this CPU, against NumPy and torch in double precision."""
 
 import itertools
-import math
 import subprocess
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from liteframe.export.ops import depthwise_temporal_conv as conv_op
-from liteframe.export.ops import weighted_average_pool as pool_op
+from operator_cases import (
+    TYPES,
+    Convolution,
+    at,
+    close,
+    convolutions,
+    expected_pooling,
+    poisoned,
+    poolings,
+    tokens,
+)
 
-TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-# half a unit in the last place of what comes out, and FP32's own on the way
-ERROR = {"fp32": 2e-6, "fp16": 2.0**-11 * 1.01, "bf16": 2.0**-8 * 1.01}
-SMALLEST = {"fp32": 1e-30, "fp16": 2.0**-24, "bf16": 1e-30}  # step of numbers near zero
 UNKNOWN_TYPE, BAD_SIZE, BAD_KERNEL, NO_THREADS = 1, 2, 3, 4
-
-
-def aligned(values, dtype):
-    """A copy that begins at a multiple of 64 bytes."""
-    values = np.asarray(values)
-    size = values.size * dtype.itemsize
-    space = np.empty(size + 64, np.uint8)
-    start = -space.ctypes.data % 64
-    out = space[start : start + size].view(dtype).reshape(values.shape)
-    out[...] = values
-    return out
-
-
-def at(array):
-    return None if array is None else array.ctypes.data
-
-
-def poisoned(shape, dtype):
-    return aligned(np.full(shape, np.nan), dtype)
-
-
-def three_axes(grid, kernel, strides):
-    """The library's sizes: a grid of one axis is one row."""
-    if len(grid) == 2:
-        return [*grid], [*kernel], [*strides]
-    return [1, *grid], [kernel[0], 1, kernel[1]], [strides[0], 1, strides[1]]
-
-
-class Convolution:
-    """Tensors of one, drawn from a seed in a type."""
-
-    def __init__(self, seed, type_, clips, time, grid, channels, kernel, strides, size=1.0):
-        random, self.type, dtype = np.random.default_rng(seed), type_, TYPES[type_]
-        self.sizes = clips, time, grid, channels, kernel, strides
-        self.grid, self.strides = grid, strides
-        self.x = aligned(random.normal(0, size, (clips, time, math.prod(grid), channels)), dtype)
-        self.weight = aligned(random.normal(0, 0.5, (channels, 1, *kernel)), dtype)
-        self.bias = aligned(random.normal(0, 1, channels), dtype)
-        out_time, *out_grid = (-(-n // s) for n, s in zip((time, *grid), strides, strict=True))
-        self.out_shape = clips, out_time, math.prod(out_grid), channels
-        self.residual, self.grad = (aligned(random.normal(0, size, self.out_shape), dtype) for _ in range(2))
-
-    def arguments(self, threads=2):
-        clips, time, grid, channels, kernel, strides = self.sizes
-        grid, kernel, strides = three_axes(grid, kernel, strides)
-        return [clips, time, *grid, channels, *kernel, *strides, threads]
-
-    def doubles(self):
-        return (np.asarray(array, np.float64) for array in (self.x, self.weight, self.bias))
-
-
-@st.composite
-def convolutions(draw):
-    """The student's forms, and any other."""
-    small = st.integers(1, 3)
-    known = draw(st.sampled_from([None, ((4,), (3, 1), (1, 1)), ((2,), (3, 1), (1, 1)), ((4, 0), (3, 3, 3), (2, 2, 2)),
-                                  ((2, 0), (3, 1, 1), (2, 1, 1))]))  # fmt: skip
-    if known is not None:
-        (time, *_), kernel, strides = known
-        axes = len(kernel) - 1
-    else:
-        axes, time = draw(st.integers(1, 2)), draw(st.integers(1, 6))
-        kernel = tuple(draw(st.sampled_from([1, 3, 5])) for _ in range(axes + 1))
-        strides = tuple(draw(small) for _ in range(axes + 1))
-    grid = tuple(draw(st.integers(1, 9)) for _ in range(axes))
-    channels = draw(st.sampled_from([1, 3, 8, 13, 16, 24, 72]))
-    seed, type_, clips = draw(st.integers(0, 2**32)), draw(st.sampled_from([*TYPES])), draw(small)
-    size = draw(st.sampled_from([1e-3, 1.0, 100.0]))
-    return Convolution(seed, type_, clips, time, grid, channels, kernel, strides, size)
-
-
-def close(found, expected, magnitude, type_):
-    """Within what rounding sums of such magnitudes may cost."""
-    allowed = ERROR[type_] * np.abs(expected) + 2e-6 * magnitude + SMALLEST[type_]
-    assert (np.abs(np.asarray(found, np.float64) - expected) <= allowed).all()
 
 
 @settings(max_examples=150, deadline=None)
@@ -102,10 +29,7 @@ def test_convolution_equals_numpys(native_host, case, fused):
     residual = case.residual if fused else None
     pointers = map(at, (case.x, case.weight, case.bias, residual, out))
     assert native_host.liteframe_depthwise_temporal_conv([*TYPES].index(case.type), *pointers, *case.arguments()) == 0
-    added = np.asarray(case.residual, np.float64) if fused else 0.0
-    expected = conv_op.numpy_reference(*case.doubles(), case.grid, case.strides) + added
-    magnitude = conv_op.numpy_reference(*map(np.abs, case.doubles()), case.grid, case.strides) + np.abs(added)
-    close(out, expected, magnitude, case.type)
+    close(out, *case.expected(fused), case.type)
 
 
 @settings(max_examples=100, deadline=None)
@@ -118,22 +42,9 @@ def test_gradients_equal_those_that_torch_finds(native_host, case):
         [*TYPES].index(case.type), *pointers, *case.arguments()
     )
     assert found == 0
-
-    def gradients(x, weight, bias, grad):
-        inputs = [torch.from_numpy(array).requires_grad_() for array in (x, weight, bias)]
-        out = conv_op.depthwise_temporal_conv(*inputs, case.grid, case.strides)
-        return [g.numpy() for g in torch.autograd.grad(out, inputs, torch.from_numpy(grad))]
-
-    arrays = [*case.doubles(), np.asarray(case.grad, np.float64)]
-    expected, magnitude = gradients(*arrays), gradients(*map(np.abs, arrays))
+    expected, magnitude = case.expected_gradients()
     for number, (made, type_) in enumerate(((grad_x, case.type), (grad_weight, "fp32"), (grad_bias, "fp32"))):
         close(made, expected[number], 10 * magnitude[number], type_)
-
-
-@st.composite
-def poolings(draw):
-    blocks = tuple(draw(st.integers(1, n)) for n in (2, 4, 3, 5, 3, 4))
-    return draw(st.integers(0, 2**32)), draw(st.integers(1, 3)), blocks, draw(st.sampled_from([1, 5, 8, 24, 40]))
 
 
 def pool(host, x, type_, blocks, threads=2):
@@ -145,21 +56,12 @@ def pool(host, x, type_, blocks, threads=2):
     return np.asarray(out, np.float64)
 
 
-def tokens(seed, clips, blocks, channels, size, dtype):
-    nt, t, nh, h, nw, w = blocks
-    return aligned(np.random.default_rng(seed).normal(0, size, (clips, nt * t, 1 + nh * h * nw * w, channels)), dtype)
-
-
 @settings(max_examples=150, deadline=None)
 @given(case=poolings(), type_=st.sampled_from([*TYPES]), size=st.sampled_from([1e-2, 1.0, 3.0]))
 def test_pooling_equals_numpys(native_host, case, type_, size):
     seed, clips, blocks, channels = case
     x = tokens(seed, clips, blocks, channels, size, TYPES[type_])
-    expected = pool_op.numpy_reference(np.asarray(x, np.float64), blocks)
-    # an error in a score changes a weight by as much
-    score = np.abs(np.asarray(x, np.float64)).max() ** 2 * channels**0.5
-    magnitude = np.abs(np.asarray(x, np.float64)).max() * (1 + score)
-    close(pool(native_host, x, type_, blocks), expected, magnitude, type_)
+    close(pool(native_host, x, type_, blocks), *expected_pooling(x, blocks), type_)
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -168,9 +70,8 @@ def test_scores_that_exp_can_not_hold(native_host, type_):
     blocks, channels = (1, 4, 2, 2, 2, 2), 64
     x = tokens(0, 1, blocks, channels, 60.0, TYPES[type_])
     found = pool(native_host, x, type_, blocks)
-    expected = pool_op.numpy_reference(np.asarray(x, np.float64), blocks)
     assert np.isfinite(found).all()
-    close(found, expected, 1e-3, type_)
+    close(found, expected_pooling(x, blocks)[0], 1e-3, type_)
     x[:, :, 1:] = x[:, :1, 1:2]
     x[:, :, 0] = x[:, :1, 0]
     close(
