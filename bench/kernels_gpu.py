@@ -4,7 +4,8 @@
 
 At the student's sizes: 256 frames in clips of 4, 1024 patches and CLS, 768 channels, FP16; the teacher's pooling at
 1024 channels. Bandwidth counts every input once and every output once, and is compared with that of a copy on the
-device of as many bytes. All peers take turns; times are CUDA events' around one call.
+device of as many bytes. All peers take turns; times are CUDA events' around one call, which waits in the queue behind
+writes of some GB: so it finds nothing of its own in the caches, and what launching costs the CPU is not counted.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ Peers = dict[str, Callable[[], object]]
 def in_turns(peers: Peers, rounds: int) -> dict[str, float]:
     """Median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in peers}
+    other = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     for turn in range(rounds + 5):
         for name, run in list(peers.items())[:: 1 if turn % 2 else -1]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(4):
+                other.zero_()
             start.record()
             run()
             end.record()

@@ -87,13 +87,13 @@ struct Form {
         LITEFRAME_UNROLL
         for (int i = 0; i < KH; i++) {
             const int row = at.row * SH + i - KH / 2;
-            if (row < 0 || row >= s.rows.size) continue;
+            if (KH > 1 && (row < 0 || row >= s.rows.size)) continue;
             Lanes<T, W> read[KW][TIME] = {};  // all of a row's before any is needed
             bool inside[KW];
             LITEFRAME_UNROLL
             for (int j = 0; j < KW; j++) {
                 const int column = at.column * SW + j - KW / 2;
-                inside[j] = column >= 0 && column < s.columns.size;
+                inside[j] = KW == 1 || (column >= 0 && column < s.columns.size);
                 if (!inside[j]) continue;
                 const T* const here = from + (static_cast<long long>(row) * s.columns.size + column) * s.channels;
                 LITEFRAME_UNROLL

@@ -172,7 +172,8 @@ const Entry ENTRIES[] = {LITEFRAME_ENTRIES};
 
 }  // namespace
 
-// Arguments are pointers to each argument, as cuLaunchKernel takes them; `shared` counts bytes of dynamic shared memory.
+// Arguments are pointers to each argument, as cuLaunchKernel takes them, and their number, or -1 where it is not known;
+// `shared` counts bytes of dynamic shared memory.
 // Returns 0, or what can't be done:
 //     1: no such entry; 2: another number of arguments; 3: an empty grid, or threads that 32 does not divide;
 //     4: some threads wait where others never come
@@ -184,7 +185,7 @@ extern "C" __attribute__((visibility("default"))) int liteframe_launch(
         return std::strcmp(entry.name, name) == 0;
     });
     if (found == std::end(ENTRIES)) return UNKNOWN_ENTRY;
-    if (found->arguments != count) return BAD_ARGUMENTS;
+    if (count >= 0 && found->arguments != count) return BAD_ARGUMENTS;
     const long long blocks = static_cast<long long>(grid[0]) * grid[1] * grid[2];
     if (!blocks || !threads || threads > 1024 || threads % WARP) return BAD_GRID;
     gridDim = {grid[0], grid[1], grid[2]};

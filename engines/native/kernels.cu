@@ -145,26 +145,29 @@ __device__ void sum_weight_gradient(const ConvShape& s, const T* x, const T* gra
     int clips, int time, int rows, int columns, int channels, int kt, int kh, int kw, int st, int sh, int sw
 #define SHAPE                                                                                                       \
     liteframe::ConvShape { clips, {time, kt, st}, {rows, kh, sh}, {columns, kw, sw}, channels }
-// at least one thread block on a multiprocessor: asked for no more, the compiler takes the registers that it needs
-#define ENTRY extern "C" __global__ void __launch_bounds__(liteframe::THREADS, 1)
+// THREADS and `blocks`: of so many thread blocks the registers must fit a multiprocessor, for more loads under way
+#define ENTRY(blocks) extern "C" __global__ void __launch_bounds__(liteframe::THREADS, blocks)
+#define CONV_ENTRY(Form) ENTRY(liteframe::Form::most_taps == 3 ? 4 : 1)
 #define CONV(form, Form, type, T, W)                                                                                \
-    ENTRY depthwise_temporal_conv_##form##_##type##_##W(                                                            \
-        const T* x, const T* weight, const T* bias, CONV_SHAPE, T* out                                              \
-    ) {                                                                                                             \
+    CONV_ENTRY(Form)                                                                                                \
+    depthwise_temporal_conv_##form##_##type##_##W(const T* x, const T* weight, const T* bias, CONV_SHAPE, T* out) { \
         liteframe::convolve_all<liteframe::Form, W, T>(SHAPE, x, weight, bias, nullptr, out);                       \
     }
 #define CONV_WITH_RESIDUAL(form, Form, type, T, W)                                                                  \
-    ENTRY depthwise_temporal_conv_with_residual_##form##_##type##_##W(                                              \
+    CONV_ENTRY(Form)                                                                                                \
+    depthwise_temporal_conv_with_residual_##form##_##type##_##W(                                                    \
         const T* x, const T* weight, const T* bias, const T* residual, CONV_SHAPE, T* out                           \
     ) {                                                                                                             \
         liteframe::convolve_all<liteframe::Form, W, T>(SHAPE, x, weight, bias, residual, out);                      \
     }
 #define INPUT_GRADIENT(type, T, W)                                                                                  \
-    ENTRY depthwise_temporal_conv_input_gradient_##type##_##W(const T* grad, const T* weight, CONV_SHAPE, T* out) { \
+    ENTRY(1)                                                                                                        \
+    depthwise_temporal_conv_input_gradient_##type##_##W(const T* grad, const T* weight, CONV_SHAPE, T* out) {       \
         liteframe::gather_all<W, T>(SHAPE, grad, weight, out);                                                      \
     }
 #define WEIGHT_GRADIENT(N, type, T, W)                                                                              \
-    ENTRY depthwise_temporal_conv_weight_gradient##N##_##type##_##W(                                                \
+    ENTRY(1)                                                                                                        \
+    depthwise_temporal_conv_weight_gradient##N##_##type##_##W(                                                      \
         const T* x, const T* grad, CONV_SHAPE, float* out                                                           \
     ) {                                                                                                             \
         liteframe::sum_weight_gradient<N, W, T>(SHAPE, x, grad, out);                                               \
@@ -311,9 +314,11 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
 #define BLOCKS                                                                                                      \
     liteframe::PoolShape { clips, nt, t, nh, h, nw, w, channels, __int_as_float(scale) }
 #define POOL(type, T)                                                                                               \
-    ENTRY weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) { liteframe::pool<T>(BLOCKS, x, out); }
+    ENTRY(sizeof(T) == 2 ? 2 : 1) weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) {                    \
+        liteframe::pool<T>(BLOCKS, x, out);                                                                         \
+    }
 #define POOL_ANY(type, T, W)                                                                                        \
-    ENTRY weighted_average_pool_any_##type##_##W(const T* x, POOL_SHAPE, T* out) {                                  \
+    ENTRY(1) weighted_average_pool_any_##type##_##W(const T* x, POOL_SHAPE, T* out) {                               \
         liteframe::pool_any<W, T>(BLOCKS, x, out);                                                                  \
     }
 

@@ -20,6 +20,7 @@ using namespace nvinfer1;
 constexpr char NAMESPACE[] = "liteframe", VERSION[] = "1";
 constexpr int ROUNDS = 4;  // positions that a thread convolves one after the other
 constexpr int LANES = 8;  // of which channels are a multiple, or one is taken at a time
+constexpr int MOST_POOLED = 11264;  // channels of which the sums fit a thread block's shared memory
 
 using Ints = std::vector<int32_t>;
 
@@ -96,6 +97,7 @@ struct WeightedAveragePoolOp {
         const Dims x = desc[0].dims;
         const Ints& b = a[0];
         const int channels = static_cast<int>(x.d[3]);
+        if (channels > MOST_POOLED) return cudaErrorInvalidValue;
         const bool at_once = channels % LANES == 0 && channels <= LANES * THREADS;
         const float scale = 1.0f / std::sqrt(static_cast<float>(channels));
         int bits;

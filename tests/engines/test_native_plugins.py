@@ -34,13 +34,13 @@ def test_kernels_are_compiled_for_what_nvcc_knows_and_the_rest_is_told(built):
         assert "no TensorRT headers (NvInferRuntime.h): TensorRT's plugin library is left out" in told
 
 
-def test_plugins_do_what_tensorrt_asks_up_to_the_launch(built):
+def test_plugins_do_what_tensorrt_asks_and_launch_what_they_should(built):
     folder, _ = built
     if not (folder / "libliteframe_plugins.so").exists():
         pytest.skip("no TensorRT headers here (set TensorRT_ROOT)")
     done = subprocess.run(["ctest", "--test-dir", folder.parents[1], "--output-on-failure"], capture_output=True)
     assert done.returncode == 0, done.stdout.decode()
-    assert b"plugins" in done.stdout
+    assert all(f" {name} ." in done.stdout.decode() for name in ("host", "plugins", "plugins_launch"))
     trt = pytest.importorskip("tensorrt_rtx")
     registry = trt.get_plugin_registry()
     handle = registry.load_library(os.fspath(folder / "libliteframe_plugins.so"))
