@@ -3,7 +3,7 @@
     node ──register: its output's shape──▶ network ──aot_impl: a kernel's PTX, launch, integers──▶ engine
 
 For TensorRT 10.9 and later, in the process that builds. Running such an engine needs neither this module nor Python.
-TensorRT reads these functions' annotations, which must not be text.
+TensorRT reads these functions' annotations, which must not be text. Attributes are one number each; see operators.py.
 """
 
 import math
@@ -17,6 +17,8 @@ from .kernels import ConvolutionShape, Kernel, Type, compile_kernel, convolution
 from .operators import DOMAIN
 
 TYPES: dict[trt.DataType, Type] = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16"}
+# with one element, not int: bindings before 10.16 make no int of an attribute where NumPy is 2.4 or later
+Number = npt.NDArray[np.int32]
 ALIKE = "FP32|FP16|BF16"  # at several places: one of them throughout
 Implementation = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
 
@@ -43,12 +45,16 @@ def register(capability: str) -> None:
         x: trtp.TensorDesc,
         weight: trtp.TensorDesc,
         bias: trtp.TensorDesc,
-        grid: npt.NDArray[np.int32],
-        strides: npt.NDArray[np.int32],
+        rows: Number,
+        columns: Number,
+        stride_of_time: Number,
+        stride_of_rows: Number,
+        stride_of_columns: Number,
     ) -> trtp.TensorDesc:
         out = x.like()
-        out.shape_expr[1] = trtp.cdiv(x.shape_expr[1], int(strides[0]))
-        out.shape_expr[2] = math.prod(-(-int(n) // int(s)) for n, s in zip(grid, strides[1:], strict=True))
+        out.shape_expr[1] = trtp.cdiv(x.shape_expr[1], int(stride_of_time[0]))
+        axes = (rows, stride_of_rows), (columns, stride_of_columns)
+        out.shape_expr[2] = math.prod(math.ceil(size[0] / stride[0]) for size, stride in axes)
         return out
 
     @trtp.autotune(f"{DOMAIN}::DepthwiseTemporalConv")
@@ -62,19 +68,26 @@ def register(capability: str) -> None:
         x: trtp.TensorDesc,
         weight: trtp.TensorDesc,
         bias: trtp.TensorDesc,
-        grid: npt.NDArray[np.int32],
-        strides: npt.NDArray[np.int32],
+        rows: Number,
+        columns: Number,
+        stride_of_time: Number,
+        stride_of_rows: Number,
+        stride_of_columns: Number,
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> Implementation:
         time, channels = (x.shape_expr[axis].constant_value() for axis in (1, 3))
-        taps = [weight.shape_expr[axis].constant_value() for axis in range(2, weight.ndim)]
-        shape = ConvolutionShape.of(time, grid.tolist(), channels, taps, strides.tolist())
+        kt, *taps = (weight.shape_expr[axis].constant_value() for axis in range(2, weight.ndim))
+        kernel = kt, *([1] if len(taps) == 1 else []), *taps
+        grid, strides = _numbers(rows, columns), _numbers(stride_of_time, stride_of_rows, stride_of_columns)
+        shape = ConvolutionShape.of(time, grid, channels, kernel, strides)
         return implementation(convolution(TYPES[x.dtype], shape), x.shape_expr[0])
 
     @trtp.register(f"{DOMAIN}::WeightedAveragePool")
-    def pooled(x: trtp.TensorDesc, blocks: npt.NDArray[np.int32]) -> trtp.TensorDesc:
-        count = int(blocks[0]) * int(blocks[2]) * int(blocks[4])
+    def pooled(
+        x: trtp.TensorDesc, nt: Number, t: Number, nh: Number, h: Number, nw: Number, w: Number
+    ) -> trtp.TensorDesc:
+        count = math.prod(_numbers(nt, nh, nw))
         return trtp.from_shape_expr((x.shape_expr[0], count, x.shape_expr[3]), x.dtype)
 
     @trtp.autotune(f"{DOMAIN}::WeightedAveragePool")
@@ -83,7 +96,20 @@ def register(capability: str) -> None:
 
     @trtp.aot_impl(f"{DOMAIN}::WeightedAveragePool")
     def pooling_kernel(
-        x: trtp.TensorDesc, blocks: npt.NDArray[np.int32], outputs: tuple[trtp.TensorDesc], tactic: int
+        x: trtp.TensorDesc,
+        nt: Number,
+        t: Number,
+        nh: Number,
+        h: Number,
+        nw: Number,
+        w: Number,
+        outputs: tuple[trtp.TensorDesc],
+        tactic: int,
     ) -> Implementation:
-        kernel = pooling(TYPES[x.dtype], blocks.tolist(), x.shape_expr[3].constant_value())
+        blocks = _numbers(nt, t, nh, h, nw, w)
+        kernel = pooling(TYPES[x.dtype], blocks, x.shape_expr[3].constant_value())
         return implementation(kernel, x.shape_expr[0])
+
+
+def _numbers(*attributes: Number) -> list[int]:
+    return [int(attribute[0]) for attribute in attributes]

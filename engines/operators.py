@@ -131,7 +131,8 @@ def _variant(graph: Path, way: Way) -> Iterator[Path]:
             for attribute in [a for a in node.attribute if a.name == "plugin_namespace"]:
                 node.attribute.remove(attribute)
         elif node.domain == DOMAIN and way == "embedded":
-            node.attribute.append(onnx.helper.make_attribute("aot", 1))
+            numbers = {"aot": 1, **_one_by_one(node)}
+            node.attribute.extend(onnx.helper.make_attribute(name, number) for name, number in numbers.items())
     if way != "bodies":
         for function in [f for f in model.functions if f.domain == DOMAIN]:
             model.functions.remove(function)
@@ -141,6 +142,23 @@ def _variant(graph: Path, way: Way) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _one_by_one(node: Any) -> dict[str, int]:
+    """The numbers in an operator's attributes, by names that aot_plugins.py asks for; a grid of one axis is one row.
+
+    TensorRT's Python bindings before 10.16 repeat an attribute's first number instead of the others, where NumPy is 2
+    or later.
+    """
+    import onnx
+
+    lists = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if "blocks" in lists:
+        return dict(zip(("nt", "t", "nh", "h", "nw", "w"), lists["blocks"], strict=True))
+    time, *strides = lists["strides"]
+    one = [1] if len(strides) == 1 else []
+    names = "rows", "columns", "stride_of_time", "stride_of_rows", "stride_of_columns"
+    return dict(zip(names, (*one, *lists["grid"], time, *one, *strides), strict=True))
 
 
 def _register(trt: Any, way: Way, capability: str, library: Path | None) -> None:

@@ -139,7 +139,9 @@ def test_each_way_leaves_the_parser_no_other(graph, device):
     (with_body,), (bare,) = bodies.graph.node, kernels.graph.node
     names = {attribute.name for attribute in onnx.load(graph).graph.node[0].attribute}
     assert {a.name for a in with_body.attribute} == names - {"plugin_namespace"} and len(bodies.functions) == 1
-    assert {a.name for a in bare.attribute} == names | {"aot"} and not kernels.functions
+    numbers = {"rows": 4, "columns": 6, "stride_of_time": 2, "stride_of_rows": 2, "stride_of_columns": 3}
+    assert {a.name for a in bare.attribute} == names | {"aot"} | {*numbers} and not kernels.functions
+    assert numbers.items() <= {a.name: onnx.helper.get_attribute_value(a) for a in bare.attribute}.items()
     assert [*bodies.graph.initializer] == [*kernels.graph.initializer] == [*onnx.load(graph).graph.initializer]
 
 
@@ -409,32 +411,32 @@ def test_embedded_kernels_are_launched_as_planned(aot):
         {*functions} == {"liteframe::DepthwiseTemporalConv", "liteframe::WeightedAveragePool"}
         for functions in aot.values()
     )
-    grid, strides = np.array([32, 32], np.int32), np.array([2, 2, 2], np.int32)
+    numbers = [np.array([number], np.int32) for number in (32, 32, 2, 2, 2)]
     x, weight, bias = tensor(7, 4, 1024, 768), tensor(768, 1, 3, 3, 3), tensor(768)
     name = "liteframe::DepthwiseTemporalConv"
-    out = aot["register"][name](x, weight, bias, grid, strides)
+    out = aot["register"][name](x, weight, bias, *numbers)
     assert (values(out), out.dtype) == ([7, 2, 256, 768], "float16")
     kernel = convolution("fp16", ConvolutionShape.of(4, (32, 32), 768, (3, 3, 3), (2, 2, 2)))
-    entry, ptx, launch, integers = aot["aot_impl"][name](x, weight, bias, grid, strides, (out,), 0)
+    entry, ptx, launch, integers = aot["aot_impl"][name](x, weight, bias, *numbers, (out,), 0)
     assert entry == kernel.name and f".entry {entry}(".encode() in ptx and b".target sm_80" in ptx
     assert (launch.grid_x.value, launch.grid_y, launch.block_x) == (*kernel.grid(7)[:2], kernel.threads)
     assert integers == [7, *kernel.integers]
     assert aot["autotune"][name](x, weight, bias, (out,)) == [(", ".join(["FP32|FP16|BF16"] * 4), "LINEAR")]
 
-    name, blocks = "liteframe::WeightedAveragePool", np.array([1, 4, 16, 2, 16, 2], np.int32)
+    name, blocks = "liteframe::WeightedAveragePool", (1, 4, 16, 2, 16, 2)
+    numbers = [np.array([number], np.int32) for number in blocks]
     x = tensor(7, 4, 1025, 1024, dtype="bfloat16")
-    out = aot["register"][name](x, blocks)
+    out = aot["register"][name](x, *numbers)
     assert (values(out), out.dtype) == ([7, 256, 1024], "bfloat16")
-    kernel = pooling("bf16", blocks.tolist(), 1024)
-    entry, ptx, launch, integers = aot["aot_impl"][name](x, blocks, (out,), 0)
+    kernel = pooling("bf16", blocks, 1024)
+    entry, ptx, launch, integers = aot["aot_impl"][name](x, *numbers, (out,), 0)
     assert entry == kernel.name and integers == [7, *kernel.integers]
     assert (launch.grid_x.value, launch.block_x) == (kernel.grid(7)[0], kernel.threads)
 
 
-def test_attributes_that_the_graph_has_are_those_that_are_read(aot, save_graph):
+def test_what_plugins_ask_for_is_what_nodes_get(aot, save_graph):
     for name, model in (("DepthwiseTemporalConv", "convolution"), ("WeightedAveragePool", "pool")):
+        asked = aot["register"][f"liteframe::{name}"].__annotations__
+        asked = {argument: hint for argument, hint in asked.items() if hint is not Desc}
         (node,) = save_graph(model).model.graph.node
-        arguments = aot["register"][f"liteframe::{name}"].__annotations__
-        read = {argument for argument, hint in arguments.items() if hint is not Desc}
-        assert read <= {attribute.name for attribute in node.attribute}
-        assert all(hint == np.typing.NDArray[np.int32] for argument, hint in arguments.items() if argument in read)
+        assert asked.keys() == operators._one_by_one(node).keys() and {*asked.values()} == {np.typing.NDArray[np.int32]}
