@@ -24,7 +24,6 @@ THREADS, SLAB = 256, 64
 MOST_TAPS = 125
 ROUNDS = 4  # positions that a thread convolves one after the other, with the weights it has
 ALIGNED = 8  # of which channels are a multiple where more than one is moved at once
-POOLED_AT_ONCE = ALIGNED * THREADS  # channels that fit a thread block's registers
 MOST_POOLED = 11264  # of which the sums fit its shared memory, 48 KB, beside 3 KB of other things
 PARTIAL_SUMS = 256  # thread blocks at most that sum up gradients of weights, each on its own
 Type = Literal["fp32", "fp16", "bf16"]
@@ -179,20 +178,19 @@ def pooling(type_: Type, blocks: Sequence[int], channels: int) -> Kernel:
         InputError: there are too many channels.
     """
     nt, _, nh, _, nw, _ = blocks
-    wide = channels % ALIGNED == 0
-    at_once = wide and channels <= POOLED_AT_ONCE
     if channels > MOST_POOLED:
         raise InputError(f"pooling of {channels} channels; the CUDA kernels take {MOST_POOLED} at most")
-    lanes = LANES[type_] if wide else 1
+    lanes = 1 if channels % ALIGNED else LANES[type_]
+    at_once = lanes > 1 and channels <= lanes * THREADS  # which its registers hold
     (scale,) = struct.unpack("<i", struct.pack("<f", channels**-0.5))  # a float's bits: integers only are passed
     return Kernel(
         name=f"weighted_average_pool_{type_}" if at_once else f"weighted_average_pool_any_{type_}_{lanes}",
-        entry=f"POOL({type_},{type_.upper()})" if at_once else f"POOL_ANY({type_},{type_.upper()},{lanes})",
+        entry=f"{'POOL' if at_once else 'POOL_ANY'}({type_},{type_.upper()},{lanes})",
         integers=(*blocks, channels, scale),
         units=nt * nh * nw,
         per_block=1,
         slabs=1,
-        threads=32 * math.ceil(channels / ALIGNED / 32) if at_once else THREADS,
+        threads=32 * math.ceil(channels / lanes / 32) if at_once else THREADS,
         shared=0 if at_once else 4 * channels,
     )
 

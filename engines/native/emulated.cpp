@@ -165,7 +165,7 @@ Entry entry(const char* name, void (*kernel)(A...)) {
 #define CONV_WITH_RESIDUAL(form, Form, type, T, W) NAMED(depthwise_temporal_conv_with_residual_##form##_##type##_##W)
 #define INPUT_GRADIENT(type, T, W) NAMED(depthwise_temporal_conv_input_gradient_##type##_##W)
 #define WEIGHT_GRADIENT(N, type, T, W) NAMED(depthwise_temporal_conv_weight_gradient##N##_##type##_##W)
-#define POOL(type, T) NAMED(weighted_average_pool_##type)
+#define POOL(type, T, W) NAMED(weighted_average_pool_##type)
 #define POOL_ANY(type, T, W) NAMED(weighted_average_pool_any_##type##_##W)
 
 const Entry ENTRIES[] = {LITEFRAME_ENTRIES};

@@ -149,26 +149,22 @@ void pool_blocks(const PoolShape& s, const T* x, T* out, long long first, long l
         for (int begin = 0; begin < s.size(); begin += CHUNK) {
             const int count = s.size() - begin < CHUNK ? s.size() - begin : CHUNK;
             Offsets at[CHUNK];
-            for (int i = 0; i < count; i++) at[i] = block.offsets(s, begin + i);
-            Chunk<T, W, CHUNK> chunk{};
-            float scores[CHUNK] = {};
-            for (int channel = 0; channel < s.channels; channel += W) {
-                chunk.read(x, at, count, channel);
-                chunk.score(x, at, count, channel, scores);
-            }
-            float largest = -infinity();
-            for (int i = 0; i < count; i++) {
+            for (int i = 0; i < CHUNK; i++) at[i] = block.offsets(s, begin + (i < count ? i : count - 1));
+            float scores[CHUNK] = {}, largest = -infinity();
+            for (int channel = 0; channel < s.channels; channel += W)
+                Chunk<T, W, CHUNK>(x, at, channel).score(x, at, channel, scores);
+            for (int i = 0; i < CHUNK; i++) {
                 scores[i] *= s.scale;
                 if (scores[i] > largest) largest = scores[i];
             }
             const float factor = softmax.raise(largest);
-            for (int i = 0; i < count; i++) {
-                scores[i] = softmax.weight(scores[i]);
+            for (int i = 0; i < CHUNK; i++) {
+                scores[i] = i < count ? softmax.weight(scores[i]) : 0.0f;
                 softmax.total += scores[i];
             }
             for (int channel = 0; channel < s.channels; channel += W) {
-                chunk.read(x, at, count, channel);
-                chunk.add(scores, count, factor, *reinterpret_cast<float(*)[W]>(&sums[channel]));
+                float(&sum)[W] = *reinterpret_cast<float(*)[W]>(&sums[channel]);
+                Chunk<T, W, CHUNK>(x, at, channel).add(scores, factor, sum);
             }
         }
         for (int c = 0; c < s.channels; c++) from_float(sums[c] * softmax.share(), out[n * s.channels + c]);

@@ -2,6 +2,8 @@
 //
 //     depthwise_temporal_conv_FORM_TYPE_LANES(x, weight, bias, clips, time, rows, columns, channels,
 //                                             kernel of time, rows, columns; stride of time, rows, columns; out)
+//     depthwise_temporal_conv_input_gradient_TYPE_LANES(gradient, weight, as above, out)
+//     depthwise_temporal_conv_weight_gradientN_TYPE_LANES(x, gradient, as above, sums of thread blocks)
 //     weighted_average_pool_TYPE(x, clips, nt, t, nh, h, nw, w, channels, bits of scale, out)
 //     weighted_average_pool_any_TYPE_LANES, likewise
 //
@@ -175,18 +177,19 @@ __device__ void sum_weight_gradient(const ConvShape& s, const T* x, const T* gra
 
 // -- WeightedAveragePool: a thread block for each block of tokens
 
-constexpr int CHUNK = 16;  // tokens that are read at once: a whole block at 16x
 constexpr int WARPS = THREADS / 32;  // of a thread block, at most
 
-// Where a chunk's tokens are; ends with all threads in step.
-__device__ __forceinline__ void locate(const PoolShape& s, const Block& block, int first, int count, Offsets (&at)[CHUNK]) {
-    if (threadIdx.x < static_cast<unsigned>(count)) at[threadIdx.x] = block.offsets(s, first + threadIdx.x);
+// Where the N tokens of a chunk are; ends with all threads in step.
+template <int N>
+__device__ __forceinline__ void locate(const PoolShape& s, const Block& block, int first, Offsets (&at)[N]) {
+    const int i = threadIdx.x;
+    if (i < N) at[i] = block.offsets(s, min(first + i, s.size() - 1));
     __syncthreads();
 }
 
 // Adds up pairs of lanes that are HALF apart: one keeps the lower HALF of the scores, the other the upper.
-template <int HALF>
-__device__ __forceinline__ void halve(float (&scores)[CHUNK]) {
+template <int HALF, int N>
+__device__ __forceinline__ void halve(float (&scores)[N]) {
     const bool upper = threadIdx.x & HALF;
     LITEFRAME_UNROLL
     for (int i = 0; i < HALF; i++) {
@@ -195,31 +198,36 @@ __device__ __forceinline__ void halve(float (&scores)[CHUNK]) {
     }
 }
 
-// Of each score the sum over a warp, in the two lanes whose number modulo CHUNK is the score's.
-__device__ __forceinline__ float sum_over_warp(float (&scores)[CHUNK]) {
-    static_assert(CHUNK == 16, "a warp is twice that");
-    halve<8>(scores);
+// Of each score the sum over a warp, in the lanes whose number modulo N is the score's.
+template <int N>
+__device__ __forceinline__ float sum_over_warp(float (&scores)[N]) {
+    static_assert(N == 8 || N == 16, "written out");
+    if (N == 16) halve<N / 2>(scores);
     halve<4>(scores);
     halve<2>(scores);
     halve<1>(scores);
-    return scores[0] + __shfl_xor_sync(~0u, scores[0], CHUNK);
+    float sum = scores[0];
+    LITEFRAME_UNROLL
+    for (int offset = N; offset < 32; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    return sum;
 }
 
-// Turns scores, of which each thread has what its channels add, into weights; returns by what earlier sums are to be
-// multiplied. Threads were in step since they last did, and are once in between.
+// Turns scores, of which each thread has what its channels add, into weights, zero from `count` on; returns by what
+// earlier sums are to be multiplied. Threads were in step since they last did, and are once in between.
+template <int N>
 __device__ __forceinline__ float weigh(
-    float (&scores)[CHUNK], int count, float scale, float (&sums)[WARPS][CHUNK], RunningSoftmax& softmax
+    float (&scores)[N], int count, float scale, float (&sums)[WARPS][N], RunningSoftmax& softmax
 ) {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, token = lane % CHUNK;
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32, token = lane % N;
     const float sum = sum_over_warp(scores);
-    if (lane < CHUNK) sums[threadIdx.x / 32][token] = sum;
+    if (lane < N) sums[threadIdx.x / 32][token] = sum;
     __syncthreads();
     float score = 0.0f;
     for (int warp = 0; warp < warps; warp++) score += sums[warp][token];
     score *= scale;
     float largest = token < count ? score : -infinity();
     LITEFRAME_UNROLL
-    for (int offset = CHUNK / 2; offset; offset /= 2) {
+    for (int offset = N / 2; offset; offset /= 2) {
         const float other = __shfl_xor_sync(~0u, largest, offset);
         if (other > largest) largest = other;
     }
@@ -227,35 +235,31 @@ __device__ __forceinline__ float weigh(
     const float weight = token < count ? softmax.weight(score) : 0.0f;
     float total = weight;
     LITEFRAME_UNROLL
-    for (int offset = CHUNK / 2; offset; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    for (int offset = N / 2; offset; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
     softmax.total += total;
     LITEFRAME_UNROLL
-    for (int i = 0; i < CHUNK; i++) scores[i] = __shfl_sync(~0u, weight, i);
+    for (int i = 0; i < N; i++) scores[i] = __shfl_sync(~0u, weight, i);
     return factor;
 }
 
-// A thread for every eight channels, of which there are 8 * THREADS at most: what it read stays in its registers.
-template <class T>
+// A thread for every W channels, of which there are W * THREADS at most: what it read stays in its registers.
+template <int W, class T>
 __device__ void pool(const PoolShape& s, const T* x, T* out) {
-    constexpr int W = 8;
-    __shared__ Offsets at[CHUNK];
-    __shared__ float partial[WARPS][CHUNK];
+    constexpr int N = 16;  // tokens that are read at once: a whole block at 16x
+    __shared__ Offsets at[N];
+    __shared__ float partial[WARPS][N];
     const Block block(s, blockIdx.x);
     const int channel = threadIdx.x * W;
     const bool active = channel < s.channels;
     RunningSoftmax softmax;
     float sums[W] = {};
-    for (int first = 0; first < s.size(); first += CHUNK) {
-        const int count = min(CHUNK, s.size() - first);
-        locate(s, block, first, count, at);
-        Chunk<T, W, CHUNK> chunk{};
-        float scores[CHUNK] = {};
-        if (active) {
-            chunk.read(x, at, count, channel);
-            chunk.score(x, at, count, channel, scores);
-        }
-        const float factor = weigh(scores, count, s.scale, partial, softmax);
-        if (active) chunk.add(scores, count, factor, sums);
+    for (int first = 0; first < s.size(); first += N) {
+        locate(s, block, first, at);
+        const Chunk<T, W, N> chunk(x, at, active ? channel : 0);
+        float scores[N] = {};
+        if (active) chunk.score(x, at, channel, scores);
+        const float factor = weigh(scores, s.size() - first, s.scale, partial, softmax);
+        chunk.add(scores, factor, sums);
     }
     if (!active) return;
     scale(sums, softmax.share());
@@ -272,8 +276,9 @@ __device__ void fetch(const float* address, float (&values)[W]) {
 // Any number of channels: sums are in shared memory, and tokens are read again, from the caches, when they are added.
 template <int W, class T>
 __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
-    __shared__ Offsets at[CHUNK];
-    __shared__ float partial[WARPS][CHUNK];
+    constexpr int N = 8;  // registers do for no more of any number of channels
+    __shared__ Offsets at[N];
+    __shared__ float partial[WARPS][N];
     float* const sums = dynamic_shared();  // each thread's are its own
     const Block block(s, blockIdx.x);
     RunningSoftmax softmax;
@@ -282,22 +287,16 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
         const float nothing[W] = {};
         store(sums + channel, nothing);
     }
-    for (int first = 0; first < s.size(); first += CHUNK) {
-        const int count = min(CHUNK, s.size() - first);
-        locate(s, block, first, count, at);
-        float scores[CHUNK] = {};
+    for (int first = 0; first < s.size(); first += N) {
+        locate(s, block, first, at);
+        float scores[N] = {};
+        for (int channel = mine; channel < s.channels; channel += step)
+            Chunk<T, W, N>(x, at, channel).score(x, at, channel, scores);
+        const float factor = weigh(scores, s.size() - first, s.scale, partial, softmax);
         for (int channel = mine; channel < s.channels; channel += step) {
-            Chunk<T, W, CHUNK> chunk{};
-            chunk.read(x, at, count, channel);
-            chunk.score(x, at, count, channel, scores);
-        }
-        const float factor = weigh(scores, count, s.scale, partial, softmax);
-        for (int channel = mine; channel < s.channels; channel += step) {
-            Chunk<T, W, CHUNK> chunk{};
-            chunk.read(x, at, count, channel);
             float sum[W];
             fetch(sums + channel, sum);
-            chunk.add(scores, count, factor, sum);
+            Chunk<T, W, N>(x, at, channel).add(scores, factor, sum);
             store(sums + channel, sum);
         }
         __syncthreads();
@@ -313,9 +312,9 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
 #define POOL_SHAPE int clips, int nt, int t, int nh, int h, int nw, int w, int channels, int scale
 #define BLOCKS                                                                                                      \
     liteframe::PoolShape { clips, nt, t, nh, h, nw, w, channels, __int_as_float(scale) }
-#define POOL(type, T)                                                                                               \
-    ENTRY(sizeof(T) == 2 ? 2 : 1) weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) {                    \
-        liteframe::pool<T>(BLOCKS, x, out);                                                                         \
+#define POOL(type, T, W)                                                                                            \
+    ENTRY(1) weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) {                                         \
+        liteframe::pool<W, T>(BLOCKS, x, out);                                                                      \
     }
 #define POOL_ANY(type, T, W)                                                                                        \
     ENTRY(1) weighted_average_pool_any_##type##_##W(const T* x, POOL_SHAPE, T* out) {                               \
@@ -336,7 +335,7 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
     ENTRY_OF(any, AnyForm, type, T, 1)
 #define INFERENCE(type, T, W)                                                                                       \
     FORMS(CONV, type, T, W)                                                                                         \
-    POOL(type, T)                                                                                                   \
+    POOL(type, T, W)                                                                                                \
     POOL_ANY(type, T, W)                                                                                            \
     POOL_ANY(type, T, 1)
 #define TRAINING(type, T, W)                                                                                        \
@@ -352,7 +351,7 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
     ENTRIES(fp16, FP16, 8)                                                                                          \
     ENTRIES(bf16, BF16, 8)
 
-// Which entries are compiled: all, or those that are asked for, such as one by -DLITEFRAME_ENTRIES=POOL(fp16,FP16)
+// Which entries are compiled: all, or those that are asked for, such as one by -DLITEFRAME_ENTRIES=POOL(fp16,FP16,8)
 #ifndef LITEFRAME_ENTRIES
 #define LITEFRAME_ENTRIES OF_ALL_TYPES(INFERENCE) OF_ALL_TYPES(TRAINING)
 #endif

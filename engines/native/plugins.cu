@@ -97,13 +97,14 @@ struct WeightedAveragePoolOp {
         const Dims x = desc[0].dims;
         const Ints& b = a[0];
         const int channels = static_cast<int>(x.d[3]);
-        if (channels > MOST_POOLED) return cudaErrorInvalidValue;
-        const bool at_once = channels % LANES == 0 && channels <= LANES * THREADS;
+        const long long tokens = 1 + static_cast<long long>(b[2]) * b[3] * b[4] * b[5];
+        if (channels > MOST_POOLED || x.d[1] != b[0] * b[1] || x.d[2] != tokens) return cudaErrorInvalidValue;
+        const bool wide = channels % LANES == 0, at_once = wide && channels <= Kernels::lanes * THREADS;
         const float scale = 1.0f / std::sqrt(static_cast<float>(channels));
         int bits;
         std::memcpy(&bits, &scale, sizeof bits);
-        const auto kernel = at_once ? Kernels::pool : channels % LANES ? Kernels::pool_any : Kernels::pool_any_wide;
-        const int threads = at_once ? ceil_div(channels, LANES * 32) * 32 : THREADS;
+        const auto kernel = at_once ? Kernels::pool : wide ? Kernels::pool_any_wide : Kernels::pool_any;
+        const int threads = at_once ? ceil_div(channels, Kernels::lanes * 32) * 32 : THREADS;
         kernel<<<static_cast<unsigned>(x.d[0]) * b[0] * b[2] * b[4], threads, at_once ? 0 : channels * sizeof(float),
                  stream>>>(
             static_cast<const T*>(in[0]), static_cast<int>(x.d[0]), b[0], b[1], b[2], b[3], b[4], b[5], channels,

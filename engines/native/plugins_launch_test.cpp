@@ -185,6 +185,10 @@ int main(int, char** arguments) {
     Tensor<float> wide(DataType::kFLOAT, {1, 1, 2, 16384}), pooled(DataType::kFLOAT, {1, 1, 16384});
     if (enqueue<float>(creators[1], {{"blocks", {1, 1, 1, 1, 1, 1}}}, {&wide}, pooled) == 0)
         std::printf("failed: refusing to pool so many channels\n"), failures++;
+    Tensor<float> few(DataType::kFLOAT, {1, 4, 17, 8}), four(DataType::kFLOAT, {1, 4, 8});
+    if (enqueue<float>(creators[1], {{"blocks", {1, 4, 2, 2, 2, 2}}}, {&few}, four) != 0 ||
+        enqueue<float>(creators[1], {{"blocks", {1, 4, 2, 2, 2, 3}}}, {&few}, four) == 0)
+        std::printf("failed: refusing blocks of other tokens\n"), failures++;
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -73,36 +73,31 @@ LITEFRAME_INLINE void scale(float (&values)[W], float factor) {
     for (int c = 0; c < W; c++) values[c] *= factor;
 }
 
-// Some channels of a chunk of a block's tokens, kept as they were read.
+// Some channels of N of a block's tokens, kept as they were read. Where fewer are left the last one is there again, with
+// a weight of zero: nothing depends on how many, and all are read before any is needed.
 template <class T, int W, int N>
 struct Chunk {
     Lanes<T, W> tokens[N];
 
-    LITEFRAME_INLINE void read(const T* x, const Offsets (&at)[N], int count, int channel) {
+    LITEFRAME_INLINE Chunk(const T* x, const Offsets (&at)[N], int channel) {
         LITEFRAME_UNROLL
-        for (int i = 0; i < N; i++) {
-            if (i < count) tokens[i] = load<W>(x + at[i].token + channel);
-        }
+        for (int i = 0; i < N; i++) tokens[i] = load<W>(x + at[i].token + channel);
     }
 
     // What these channels add to the scores, not scaled yet.
-    LITEFRAME_INLINE void score(
-        const T* x, const Offsets (&at)[N], int count, int channel, float (&scores)[N]
-    ) const {
+    LITEFRAME_INLINE void score(const T* x, const Offsets (&at)[N], int channel, float (&scores)[N]) const {
         LITEFRAME_UNROLL
         for (int i = 0; i < N; i++) {
-            if (i >= count) continue;
             const Lanes<T, W> cls = load<W>(x + at[i].cls + channel);
             LITEFRAME_UNROLL
             for (int c = 0; c < W; c++) scores[i] += cls[c] * tokens[i][c];
         }
     }
 
-    LITEFRAME_INLINE void add(const float (&weights)[N], int count, float factor, float (&sums)[W]) const {
+    LITEFRAME_INLINE void add(const float (&weights)[N], float factor, float (&sums)[W]) const {
         scale(sums, factor);
         LITEFRAME_UNROLL
         for (int i = 0; i < N; i++) {
-            if (i >= count) continue;
             LITEFRAME_UNROLL
             for (int c = 0; c < W; c++) sums[c] += weights[i] * tokens[i][c];
         }

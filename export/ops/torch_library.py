@@ -37,7 +37,9 @@ def convolve(
 
 
 @convolve.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, grid: list[int], strides: list[int], residual: Tensor | None) -> Tensor:
+def fake_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: list[int], strides: list[int], residual: Tensor | None
+) -> Tensor:
     return x.new_empty(convolution.output_shape(x.shape, grid, strides))
 
 
@@ -45,6 +47,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, grid: list[int], strides: list[in
 def convolve_on_cuda(
     x: Tensor, weight: Tensor, bias: Tensor, grid: list[int], strides: list[int], residual: Tensor | None
 ) -> Tensor:
+    axes = len(grid) + 1
+    fit = len(strides) == axes and weight.dim() == axes + 2 and weight.shape[:2] == (x.shape[3], 1)
+    fit = fit and math.prod(grid) == x.shape[2] and bias.shape == (x.shape[3],)
+    if not fit or (residual is not None and residual.shape != convolution.output_shape(x.shape, grid, strides)):
+        given = [list(tensor.shape) for tensor in (x, weight, bias, *([] if residual is None else [residual]))]
+        raise ValueError(
+            f"DepthwiseTemporalConv of x, weight, bias and residual {given} with grid {grid} and strides {strides}; "
+            "expected (clips, T, prod(grid), C), (C, 1, odd kernel sizes), (C,) and the output's shape"
+        )
     out = x.new_empty(convolution.output_shape(x.shape, grid, strides))
     kernel = kernels.convolution(TYPES[x.dtype], _shape(x, weight, grid, strides), residual is not None)
     inputs = [x, weight.to(x.dtype), bias.to(x.dtype), *([] if residual is None else [residual.to(x.dtype)])]
@@ -77,8 +88,10 @@ def convolve_backward(
 
 
 @convolve_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, grid: list[int], strides: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(len(weight))
+def fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, grid: list[int], strides: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 @convolve_backward.register_kernel("cuda")
@@ -87,7 +100,7 @@ def convolve_backward_on_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     type_, shape, clips = TYPES[x.dtype], _shape(x, weight, grid, strides), len(x)
     grad, narrow = grad.to(x.dtype), weight.to(x.dtype)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_x = x.new_empty(x.shape)
     if shape.strides == (1, 1, 1):  # a convolution of the output's gradient, with the taps the other way round
         flipped = narrow.flip([*range(2, weight.dim())])
         _launch(kernels.convolution(type_, shape), clips, [grad, flipped, narrow.new_zeros(len(weight))], grad_x)
@@ -98,7 +111,8 @@ def convolve_backward_on_cuda(
     parts = x.new_empty((kernel.blocks(clips), taps + 1, len(weight)), dtype=torch.float32)
     _launch(kernel, clips, [x, grad], parts)
     sums = parts.sum(0).to(weight.dtype)
-    return grad_x, sums[:taps].T.reshape(weight.shape), sums[taps]
+    grad_weight = sums[:taps].T.reshape(weight.shape).clone(memory_format=torch.contiguous_format)
+    return grad_x, grad_weight, sums[taps].clone()  # what an operator returns may not share memory
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,13 +146,19 @@ def pool(x: Tensor, blocks: list[int]) -> Tensor:
 
 
 @pool.register_fake
-def _(x: Tensor, blocks: list[int]) -> Tensor:
+def fake_pool(x: Tensor, blocks: list[int]) -> Tensor:
     return x.new_empty(pooling.output_shape(x.shape, blocks))
 
 
 @pool.register_kernel("cuda")
 def pool_on_cuda(x: Tensor, blocks: list[int]) -> Tensor:
     out = x.new_empty(pooling.output_shape(x.shape, blocks))
+    nt, t, nh, h, nw, w = blocks
+    if x.shape[1:3] != (nt * t, 1 + nh * h * nw * w):
+        raise ValueError(
+            f"WeightedAveragePool of {list(x.shape)} in blocks {blocks}; expected (clips, {nt * t}, "
+            f"{1 + nh * h * nw * w}, C), CLS first"
+        )
     _launch(kernels.pooling(TYPES[x.dtype], blocks, x.shape[3]), len(x), [x], out)
     return out
 
@@ -164,6 +184,8 @@ pool.register_autograd(_pool_backward, setup_context=_keep_input)
 
 def _launch(kernel: Kernel, clips: int, inputs: Sequence[Tensor], out: Tensor) -> None:
     """On torch's current stream. Inputs are copied where they are not contiguous, or begin between 16 bytes."""
+    if not out.numel():
+        return
     from cuda.core import Device, LaunchConfig, Stream, launch
 
     device = out.device

@@ -76,6 +76,24 @@ def on_this_cpu(emulated, monkeypatch):
     return stand_in
 
 
+def checked(function, fake):
+    """The function as an operator of its own, of which torch checks what it checks on CUDA: that outputs share no
+    memory, and are shaped and laid out as the fake's."""
+    op = torch.library.custom_op(f"liteframe_test::{function.__name__}", function, mutates_args=())
+    op.register_fake(fake)
+
+    def call(*arguments):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+        return op(*arguments)
+
+    return call
+
+
+CONVOLVE = checked(torch_library.convolve_on_cuda, torch_library.fake_convolve)
+CONVOLVE_BACKWARD = checked(torch_library.convolve_backward_on_cuda, torch_library.fake_backward)
+POOL = checked(torch_library.pool_on_cuda, torch_library.fake_pool)
+
+
 def close(found, expected, type_):
     assert found.shape == expected.shape
     error, scale = ((found.double() - expected).abs().max(), expected.abs().max())
@@ -90,16 +108,16 @@ def test_convolutions_and_their_gradients(emulated, case, clips, type_, seed):
         patch.setattr(torch_library, "_launch", stand_in)
         x, weight, bias, residual = wanted
         grad = torch.randn(residual.shape, generator=torch.Generator().manual_seed(seed)).to(TORCH[type_])
-        out = torch_library.convolve_on_cuda(x, weight.float(), bias.float(), grid, strides, residual)
-        gradients = torch_library.convolve_backward_on_cuda(grad, x, weight.float(), grid, strides)
+        out = CONVOLVE(x, weight.float(), bias.float(), grid, strides, residual)
+        gradients = CONVOLVE_BACKWARD(grad, x, weight.float(), grid, strides)
     assert out.dtype == TORCH[type_] and [g.dtype for g in gradients] == [TORCH[type_], torch.float32, torch.float32]
     inputs = [tensor.detach().double().requires_grad_() for tensor in wanted[:3]]
     expected = depthwise_temporal_conv.reference(*inputs, grid, strides)
     close(out, expected + wanted[3].double(), type_)
     for found, one in zip(gradients, torch.autograd.grad(expected, inputs, grad.double()), strict=True):
         close(found, one, type_)
-    forward = [name for name in stand_in.launched if "gradient" not in name]
-    assert len(forward) == (2 if set(strides) == {1} else 1)  # with stride 1 it is its own gradient
+    by_gathering = any("input_gradient" in name for name in stand_in.launched)
+    assert by_gathering == (set(strides) != {1})  # with stride 1 it is its own gradient
     assert all(re.search(rf"_{type_}_[148]$", name) for name in stand_in.launched)
 
 
@@ -108,9 +126,39 @@ def test_convolutions_and_their_gradients(emulated, case, clips, type_, seed):
 def test_pooling(on_this_cpu, blocks, type_):
     nt, t, nh, h, nw, w = blocks
     x = torch.randn(3, nt * t, 1 + nh * h * nw * w, 16).to(TORCH[type_])
-    out = torch_library.pool_on_cuda(x, [*blocks])
+    out = POOL(x, [*blocks])
     close(out, weighted_average_pool.reference(x.double(), blocks), type_)
-    assert on_this_cpu.launched == [f"weighted_average_pool_{type_}"]
+    assert {*on_this_cpu.launched} == {f"weighted_average_pool_{type_}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [("grid", [2, 4]), ("strides", [1, 1]), ("weight", (16, 1, 3, 3)), ("bias", (15,)), ("residual", (1, 2, 6, 16))],
+)
+def test_shapes_that_do_not_match_are_refused(on_this_cpu, change, value):
+    given = {
+        "x": torch.ones(2, 4, 24, 16), "weight": torch.ones(16, 1, 3, 3, 3), "bias": torch.ones(16), "grid": [4, 6],
+        "strides": [2, 2, 2], "residual": torch.ones(2, 2, 6, 16),
+    }  # fmt: skip
+    torch_library.convolve_on_cuda(**given)
+    given[change] = torch.ones(value) if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=r"DepthwiseTemporalConv of x, weight, bias and residual .* expected"):
+        torch_library.convolve_on_cuda(**given)
+    assert len(on_this_cpu.launched) == 1
+
+
+@pytest.mark.parametrize("blocks", [[1, 4, 2, 2, 2, 2], [1, 2, 2, 2, 3, 2]])
+def test_blocks_that_do_not_cover_the_tokens_are_refused(on_this_cpu, blocks):
+    with pytest.raises(ValueError, match=r"WeightedAveragePool of \[2, 4, 25, 16\] in blocks .*CLS first"):
+        torch_library.pool_on_cuda(torch.ones(2, 4, 25, 16), blocks)
+    assert not on_this_cpu.launched
+
+
+def test_no_clips_are_no_launch():
+    out = torch_library.convolve_on_cuda(
+        torch.ones(0, 4, 9, 8), torch.ones(8, 1, 3, 1), torch.ones(8), [9], [1, 1], None
+    )
+    assert out.shape == (0, 4, 9, 8) and torch_library.pool_on_cuda(torch.ones(0, 1, 2, 8), [1] * 6).numel() == 0
 
 
 def test_a_training_step_of_the_student_is_the_same_through_them(on_this_cpu, monkeypatch):
