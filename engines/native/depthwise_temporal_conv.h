@@ -77,7 +77,13 @@ struct Form {
     ) {
         const long long frame = static_cast<long long>(s.rows.size) * s.columns.size * s.channels;
         const long long out_frame = static_cast<long long>(s.positions()) * s.channels;
-        const T* const from = x + at.clip * TIME * frame + at.channel;
+        const int first_row = at.row * SH - KH / 2, first_column = at.column * SW - KW / 2;
+        const long long line = static_cast<long long>(s.columns.size) * s.channels;
+        const T* from[TIME];  // where the taps begin, in each frame; counted on, not computed anew, for each tap
+        from[0] = x + at.clip * TIME * frame + first_row * line + first_column * static_cast<long long>(s.channels) +
+            at.channel;
+        LITEFRAME_UNROLL
+        for (int t = 1; t < TIME; t++) from[t] = from[t - 1] + frame;
         float sums[steps][W];
         LITEFRAME_UNROLL
         for (int t = 0; t < steps; t++) {
@@ -86,19 +92,20 @@ struct Form {
         }
         LITEFRAME_UNROLL
         for (int i = 0; i < KH; i++) {
-            const int row = at.row * SH + i - KH / 2;
-            if (KH > 1 && (row < 0 || row >= s.rows.size)) continue;
             Lanes<T, W> read[KW][TIME] = {};  // all of a row's before any is needed
             bool inside[KW];
+            const bool row_inside = KH == 1 || (first_row + i >= 0 && first_row + i < s.rows.size);
             LITEFRAME_UNROLL
             for (int j = 0; j < KW; j++) {
-                const int column = at.column * SW + j - KW / 2;
-                inside[j] = KW == 1 || (column >= 0 && column < s.columns.size);
-                if (!inside[j]) continue;
-                const T* const here = from + (static_cast<long long>(row) * s.columns.size + column) * s.channels;
+                inside[j] = KW == 1 || (first_column + j >= 0 && first_column + j < s.columns.size);
                 LITEFRAME_UNROLL
-                for (int t = 0; t < TIME; t++) read[j][t] = load<W>(here + t * frame);
+                for (int t = 0; t < TIME; t++) {
+                    if (row_inside && inside[j]) read[j][t] = load<W>(from[t] + j * s.channels);
+                }
             }
+            LITEFRAME_UNROLL
+            for (int t = 0; t < TIME; t++) from[t] += line;
+            if (!row_inside) continue;
             LITEFRAME_UNROLL
             for (int j = 0; j < KW; j++) {
                 if (!inside[j]) continue;

@@ -84,6 +84,10 @@ __device__ void each_column(const Slab<W>& slab, int clips, int rows, int column
     }
 }
 
+// Of forms with so many taps, that fit a multiprocessor without spilling.
+template <int TAPS>
+constexpr int BLOCKS = TAPS == 3 ? 4 : TAPS == 27 ? 2 : 1;
+
 template <class F, int W, class T>
 __device__ void convolve_all(
     const ConvShape& s, const T* x, const T* weight, const T* bias, const T* residual, T* out
@@ -149,7 +153,7 @@ __device__ void sum_weight_gradient(const ConvShape& s, const T* x, const T* gra
     liteframe::ConvShape { clips, {time, kt, st}, {rows, kh, sh}, {columns, kw, sw}, channels }
 // THREADS and `blocks`: of so many thread blocks the registers must fit a multiprocessor, for more loads under way
 #define ENTRY(blocks) extern "C" __global__ void __launch_bounds__(liteframe::THREADS, blocks)
-#define CONV_ENTRY(Form) ENTRY(liteframe::Form::most_taps == 3 ? 4 : 1)
+#define CONV_ENTRY(Form) ENTRY(liteframe::BLOCKS<liteframe::Form::most_taps>)
 #define CONV(form, Form, type, T, W)                                                                                \
     CONV_ENTRY(Form)                                                                                                \
     depthwise_temporal_conv_##form##_##type##_##W(const T* x, const T* weight, const T* bias, CONV_SHAPE, T* out) { \
@@ -310,15 +314,15 @@ __device__ void pool_any(const PoolShape& s, const T* x, T* out) {
 }
 
 #define POOL_SHAPE int clips, int nt, int t, int nh, int h, int nw, int w, int channels, int scale
-#define BLOCKS                                                                                                      \
+#define POOLED                                                                                                      \
     liteframe::PoolShape { clips, nt, t, nh, h, nw, w, channels, __int_as_float(scale) }
 #define POOL(type, T, W)                                                                                            \
     ENTRY(1) weighted_average_pool_##type(const T* x, POOL_SHAPE, T* out) {                                         \
-        liteframe::pool<W, T>(BLOCKS, x, out);                                                                      \
+        liteframe::pool<W, T>(POOLED, x, out);                                                                      \
     }
 #define POOL_ANY(type, T, W)                                                                                        \
     ENTRY(1) weighted_average_pool_any_##type##_##W(const T* x, POOL_SHAPE, T* out) {                               \
-        liteframe::pool_any<W, T>(BLOCKS, x, out);                                                                  \
+        liteframe::pool_any<W, T>(POOLED, x, out);                                                                  \
     }
 
 }  // namespace liteframe
