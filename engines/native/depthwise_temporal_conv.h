@@ -181,16 +181,20 @@ LITEFRAME_INLINE void gather_input_gradient(
     const T* const from = grad + at.clip * s.time.out() * frame + at.channel;
     for (int step = 0; step < s.time.size; step++) {
         float sums[W] = {};
-        const float* tap = weights.taps;
         for (int k = 0; k < s.time.kernel; k++) {
+            const int t = s.time.reached(step, k);
+            if (t < 0) continue;
             for (int i = 0; i < s.rows.kernel; i++) {
-                for (int j = 0; j < s.columns.kernel; j++, tap += weights.next_tap) {
-                    const int t = s.time.reached(step, k), row = s.rows.reached(at.row, i);
+                const int row = s.rows.reached(at.row, i);
+                if (row < 0) continue;
+                for (int j = 0; j < s.columns.kernel; j++) {
                     const int column = s.columns.reached(at.column, j);
-                    if (t < 0 || row < 0 || column < 0) continue;
+                    if (column < 0) continue;
                     const Lanes<T, W> read = load<W>(
                         from + t * frame + (static_cast<long long>(row) * s.columns.out() + column) * s.channels
                     );
+                    const int number = (k * s.rows.kernel + i) * s.columns.kernel + j;
+                    const float* const tap = weights.taps + number * weights.next_tap;
                     LITEFRAME_UNROLL
                     for (int c = 0; c < W; c++) sums[c] += read[c] * weights.of(tap, c);
                 }
