@@ -75,7 +75,8 @@ def compile_either_way(
 
     Raises:
         InputError: kernels are required and can't be had, or TensorRT refuses a graph.
-        GateError: kernels compute something else than bodies, or an engine needs what it should carry.
+        GateError: kernels compute something else than bodies, or are required and an engine needs what it should carry
+            or does not run.
     """
     trt = compile_tensorrt.load("tensorrt")
     way, why = _way_of_kernels(trt.__version__, library)
@@ -86,17 +87,17 @@ def compile_either_way(
     if choice == "never" or way is None:
         return Chosen(bodies, "bodies", {}, "" if choice == "never" else why)
     _register(trt, way, capability, library)
+    expected, slow = run(bodies.engine, inputs)
     try:
         with _variant(graph, way) as path:
             kernels = compile_tensorrt.compile_graph(path, inputs, "tensorrt", [], max_workspace)
-    except InputError as error:
+        if way == "embedded":
+            check_stands_alone(graph, kernels.engine)
+        found, fast = run(kernels.engine, inputs)
+    except (InputError, GateError) as error:
         if choice == "require":
             raise
         return Chosen(bodies, "bodies", {}, f"with kernels: {error}")
-    if way == "embedded":
-        check_stands_alone(graph, kernels.engine)
-    expected, slow = run(bodies.engine, inputs)
-    found, fast = run(kernels.engine, inputs)
     _check_equal(graph, expected, found, "fp32" if {*bodies.proof.found} == {"fp32"} else "other")
     milliseconds: dict[Way, float] = {"bodies": slow, way: fast}
     faster = choice == "require" or fast < slow
@@ -193,8 +194,15 @@ def _deserialises(engine: bytes) -> bool:
 
 
 def run(engine: bytes, inputs: Sequence[TensorSpec]) -> tuple[dict[str, NDArray[Any]], float]:
-    """What an engine makes of random inputs of the most common shape, and the median of its time in milliseconds."""
+    """What an engine makes of random inputs of the most common shape, and the median of its time in milliseconds.
+
+    Raises:
+        GateError: it is not loaded, or does not run.
+    """
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    from polygraphy.exception import PolygraphyException
+
+    _name_cudart()
 
     random = np.random.default_rng(0)
     feed = {}
@@ -204,13 +212,28 @@ def run(engine: bytes, inputs: Sequence[TensorSpec]) -> tuple[dict[str, NDArray[
         drawn = random.integers(0, 256, shape) if dtype.kind in "ui" else random.standard_normal(shape)
         feed[spec.name] = drawn.astype(dtype)
     times = []
-    with TrtRunner(EngineFromBytes(engine)) as runner:
-        for number in range(WARMUP + ITERATIONS):
-            outputs = runner.infer(feed, copy_outputs_to_host=True)
-            if number >= WARMUP:
-                times.append(1000 * runner.last_inference_time())
-        made = {name: np.array(value) for name, value in outputs.items()}
+    try:
+        with TrtRunner(EngineFromBytes(engine)) as runner:
+            for number in range(WARMUP + ITERATIONS):
+                outputs = runner.infer(feed, copy_outputs_to_host=True)
+                if number >= WARMUP:
+                    times.append(1000 * runner.last_inference_time())
+            made = {name: np.array(value) for name, value in outputs.items()}
+    except PolygraphyException as error:
+        raise GateError(f"the engine does not run: {' '.join(str(error).split())}") from None
     return made, statistics.median(times)
+
+
+def _name_cudart() -> None:
+    """Tells polygraphy where CUDA's runtime is; it does not look where the wheels of CUDA 13 have it."""
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        path = load_nvidia_dynamic_lib("cudart").abs_path
+    except (ImportError, RuntimeError):  # polygraphy looks by itself
+        return
+    folders = [str(Path(path).parent) if path else "", *os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)]
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(dict.fromkeys(folder for folder in folders if folder))
 
 
 def _check_equal(

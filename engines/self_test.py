@@ -162,17 +162,21 @@ def compile_here(bundle: Package, dialect: Dialect, flavour: compile_tensorrt.Fl
         folder: where the engines go.
 
     Raises:
-        NotTaken: TensorRT is too old for the dialect.
+        NotTaken: TensorRT is too old for the dialect, or TensorRT-RTX is not for this GPU.
         InputError: TensorRT refuses a graph.
     """
-    version = compile_tensorrt.load(flavour).__version__
+    trt = compile_tensorrt.load(flavour)
+    version = trt.__version__
+    gpus, _ = find_gpus()
+    capability = gpus[0].capability
+    if flavour == "tensorrt-rtx" and not hasattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"):
+        raise NotTaken(f"TensorRT-RTX {version} does not compile for compute capability {capability}")
     if flavour == "tensorrt" and (dialect, dialect_for_tensorrt(version)) == ("fused", "plain"):
         raise NotTaken(f"TensorRT {version} does not take this dialect")
-    gpus, _ = find_gpus()
     engines = []
     for part in ("encoder", "decoder"):
         graph = bundle.graph(part, dialect)
-        path, capability = bundle.path(graph.files[0]), gpus[0].capability
+        path = bundle.path(graph.files[0])
         told = None
         if flavour == "tensorrt" and operators.has_operators(path):  # both ways, which must agree
             chosen = operators.compile_either_way(path, graph.inputs, capability, None, "auto", None)

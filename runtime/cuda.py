@@ -6,6 +6,7 @@ here decides anything, so that with other bindings that keep their memory on the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import math
@@ -46,7 +47,9 @@ class Cuda:
         try:
             count = self.call("cudaGetDeviceCount")
         except (EngineError, RuntimeError) as error:  # the latter where there is no driver to load
-            raise InputError(f"no NVIDIA GPU can be used here: {error}") from None
+            older = "InsufficientDriver" in str(error)
+            advice = "; for a driver of CUDA 12 run: pip install 'cuda-bindings<13'" if older else ""
+            raise InputError(f"no NVIDIA GPU can be used here: {error}{advice}") from None
         if not count:
             raise InputError("no NVIDIA GPU can be used here: the driver finds none")
 
@@ -103,6 +106,7 @@ class Memory:
         self.address = int(cuda.call("cudaMalloc", self.size))
         weakref.finalize(self, cuda.call, "cudaFree", self.address)
         cuda.call("cudaMemset", self.address, 0, self.size)
+        cuda.call("cudaStreamSynchronize", 0)  # the default stream is doing it, and ours do not wait for that one
 
 
 class DeviceFrames:
@@ -124,7 +128,7 @@ class DeviceFrames:
             InputError: it is not uint8 of the clip's height and width, RGB, contiguous.
         """
         address, dtype, shape, strides = self._view(frame)
-        contiguous = strides in (None, (self._shape[2] * 3, 3, 1))
+        contiguous = shape != self._shape[1:] or strides in (None, (self._shape[2] * 3, 3, 1))
         if dtype != np.uint8 or shape != self._shape[1:] or not contiguous:
             raise InputError(
                 f"a frame on the GPU is {dtype} {shape}{'' if contiguous else ', not contiguous'}; there uint8 "
@@ -214,8 +218,8 @@ class Stream:
         try:
             work()
         except BaseException:
-            # ends the capture, which is of no use
-            self._cuda.call("cudaGraphDestroy", self._cuda.call("cudaStreamEndCapture", self.handle))
+            with contextlib.suppress(EngineError):  # ends the capture, which is of no use and may have been broken off
+                self._cuda.call("cudaGraphDestroy", self._cuda.call("cudaStreamEndCapture", self.handle))
             raise
         graph = self._cuda.call("cudaStreamEndCapture", self.handle)
         ready = self._cuda.call("cudaGraphInstantiate", graph, 0)

@@ -62,12 +62,14 @@ def open_session(model: Path | bytes, options: ort.SessionOptions, provider: str
 
     Source: "session.x64quantprecision" in ONNX Runtime's onnxruntime_session_options_config_keys.h.
     """
+    # on by default there, and FP32 asked for is FP32
+    providers = [(provider, {"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {})]
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        return ort.InferenceSession(model, options, providers=[provider])
+        return ort.InferenceSession(model, options, providers=providers)
     except NoKernel:
         options.add_session_config_entry("session.x64quantprecision", "0")
-        return ort.InferenceSession(model, options, providers=[provider])
+        return ort.InferenceSession(model, options, providers=providers)
 
 
 def _session(path: Path, provider: str, threads: int | None, profiling: Path | None) -> ort.InferenceSession:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,16 +232,24 @@ class _Execution:
         """
         if self._profiling:
             fixed = None
-        if fixed in self._recorded:
-            self._recorded[fixed]()
-        elif fixed in self._seen:
-            self._recorded[fixed] = self.stream.capture(work)
-            self._recorded[fixed]()
-        else:  # TensorRT allocates what it needs at the first call, which a recording must not do
-            work()
-            if fixed is not None:
-                self._seen.add(fixed)
+        self._recorded.get(fixed, work)()
         self.stream.finish()
+        if fixed in self._seen and fixed not in self._recorded:
+            # only now: when it is called TensorRT allocates and takes in new shapes, which a recording must not do
+            self._recorded[fixed] = self._record(work)
+        elif fixed is not None:
+            self._seen.add(fixed)
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What replays work, or work itself where that can't be."""
+        capturable = getattr(self.context, "is_stream_capturable", None)  # TensorRT-RTX has it
+        try:
+            if capturable is not None and not capturable(int(self.stream.handle)):
+                raise EngineError("TensorRT does not let it")
+            return self.stream.capture(work)
+        except EngineError as error:
+            warnings.warn(f"the {self._name} runs without a CUDA graph, more slowly: {error}", stacklevel=2)
+            return work
 
 
 class TrtEncoder:

@@ -4,6 +4,7 @@ There is no TensorRT here: its compile call, its runs and its registry of plugin
 """
 
 import importlib
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -210,10 +211,24 @@ def test_in_fp32_they_must_agree_more_closely(graph, device):
         compile_either_way(graph, INPUTS, "8.0", None, "auto", None)
 
 
-def test_an_engine_that_needs_plugins_to_load_is_refused(graph, device):
+def test_an_engine_that_needs_plugins_to_load_is_not_taken(graph, device):
+    device(stands_alone=False)
+    chosen = compile_either_way(graph, INPUTS, "8.0", None, "auto", None)
+    assert (chosen.way, chosen.why) == ("bodies", "with kernels: alone")
     device(stands_alone=False)
     with pytest.raises(GateError, match="alone"):
-        compile_either_way(graph, INPUTS, "8.0", None, "auto", None)
+        compile_either_way(graph, INPUTS, "8.0", None, "require", None)
+
+
+def test_polygraphy_is_told_where_cudas_runtime_is(monkeypatch):
+    found = types.SimpleNamespace(load_nvidia_dynamic_lib=lambda name: types.SimpleNamespace(abs_path=f"/cu/{name}.so"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", found)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/a:/cu:/b")
+    operators._name_cudart()
+    assert os.environ["LD_LIBRARY_PATH"] == "/cu:/a:/b"
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    operators._name_cudart()
+    assert os.environ["LD_LIBRARY_PATH"] == "/cu:/a:/b"
 
 
 def test_without_nvrtc_bodies_are_taken_and_the_reason_is_told(graph, device, monkeypatch):

@@ -281,3 +281,10 @@ def test_tensorrt_engines_need_a_gpu(tiny_package):
     why = "no NVIDIA GPU can be used here: |cuda-python is not installed"
     with pytest.raises(InputError, match=f"TensorRT engines for a100; ({why}).*; for this machine's CPU, build with"):
         VideoSession(edited(tiny_package, target="a100"))
+
+
+def test_fp32_is_not_rounded_to_tf32_on_cuda(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ort_engine.ort, "InferenceSession", lambda *_, providers: asked.append(providers))
+    ort_engine.open_session(b"", ort_engine.ort.SessionOptions(), "CUDAExecutionProvider")
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0"})]]

@@ -11,6 +11,7 @@ import gc
 import importlib
 import shutil
 import sys
+import threading
 import types
 
 import msgspec
@@ -55,6 +56,7 @@ class Cudart:
         self.capability, self.devices = capability, devices
         self.blocks, self.handles, self.captures, self.graphs = {}, set(), {}, {}
         self.launches, self.fail, self.waited, self.kinds = 0, set(), [], []
+        self.setting, self.recording = {}, {}  # what the default stream has still to do; threads of captures
 
     def __getattribute__(self, name):
         if name.startswith("cuda") and name in object.__getattribute__(self, "fail"):
@@ -75,6 +77,7 @@ class Cudart:
         return 0, 10**9 - used, 10**9
 
     def _allocate(self, size):
+        assert threading.get_ident() not in self.recording.values()  # which would break the recording off
         block = (ctypes.c_uint8 * size)()
         ctypes.memset(block, 0xFF, size)  # NaN as floats
         self.blocks[ctypes.addressof(block)] = block
@@ -93,11 +96,12 @@ class Cudart:
     cudaFreeHost = cudaFree
 
     def check(self, address, size):
-        assert any(start <= address and address + size <= start + len(b) for start, b in self.blocks.items())
+        (start,) = (start for start, b in self.blocks.items() if start <= address and address + size <= start + len(b))
+        assert start not in self.setting
 
     def cudaMemset(self, address, value, size):
         self.check(address, size)
-        ctypes.memset(address, value, size)
+        self.setting[address] = value, size
         return (0,)
 
     def _handle(self):
@@ -145,8 +149,13 @@ class Cudart:
         return (0,)
 
     def cudaStreamSynchronize(self, stream):
-        assert stream in (1, 42)  # the legacy default stream, or a frame's own
-        self.waited.append(stream)
+        assert stream in (0, 1, 42)  # the legacy default stream, or a frame's own
+        if stream == 0:
+            for address, (value, size) in self.setting.items():
+                ctypes.memset(address, value, size)
+            self.setting.clear()
+        else:
+            self.waited.append(stream)
         return (0,)
 
     def cudaEventRecord(self, event, stream):
@@ -154,17 +163,18 @@ class Cudart:
         return (0,)
 
     def cudaEventSynchronize(self, event):
-        assert event in self.handles
+        assert event in self.handles and threading.get_ident() not in self.recording.values()
         return (0,)
 
     def cudaStreamBeginCapture(self, stream, mode):
         assert mode == 1 and stream not in self.captures
-        self.captures[stream] = []
+        self.captures[stream], self.recording[stream] = [], threading.get_ident()
         return (0,)
 
     def cudaStreamEndCapture(self, stream):
         graph = self._handle()
         self.graphs[graph] = self.captures.pop(stream)
+        del self.recording[stream]
         return 0, graph
 
     def cudaGraphInstantiate(self, graph, flags):
@@ -332,8 +342,25 @@ def test_clips_in_batches_of_every_size_become_the_same_tokens(bundle, opened, d
         tokens = encoder.encode(clips(count, count))
         np.testing.assert_array_equal(tokens, expected.encode(clips(count, count)))
         assert tokens.dtype == np.float32
-    assert cudart.launches == 3  # of four full batches, the first is not recorded
-    assert trt.contexts[0].runs == 4 + 1 + 1  # the recording is one more
+    assert cudart.launches == 2  # of four full batches, the second is recorded
+    assert trt.contexts[0].runs == 4 + 2 + 1  # the recording is one more
+
+
+@pytest.mark.parametrize("why", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "not capturable"])
+def test_what_can_not_be_recorded_runs_without(bundle, opened, why):
+    encoder, _, cudart, trt = opened("fused")
+    expected = OrtEncoder(graph_of(bundle, "encoder", "fused")).encode(clips(4, 4))
+    if why == "not capturable":
+        trt.contexts[0].is_stream_capturable = lambda stream: False
+    else:
+        cudart.fail = {why}
+    np.testing.assert_array_equal(encoder.encode(clips(4, 4)), expected)
+    with pytest.warns(UserWarning, match="the encoder runs without a CUDA graph, more slowly: "):
+        np.testing.assert_array_equal(encoder.encode(clips(4, 4)), expected)
+    cudart.captures.clear()  # what the failed end would have ended
+    cudart.recording.clear()
+    np.testing.assert_array_equal(encoder.encode(clips(4, 4)), expected)
+    assert cudart.launches == 0
 
 
 steps = st.one_of(
@@ -372,8 +399,8 @@ def test_calls_of_a_fixed_shape_are_recorded_and_replayed(opened, dialect):
             decoder.forward(embeddings(number, 1))
         decoder.forward(embeddings(9, 30))
     # chunks: eager, then recorded; tokens: eager, then recorded and replayed nine times; others always eager
-    assert cudart.launches == (1 + 9 if dialect == "fused" else 0)
-    assert trt.contexts[-1].runs == (2 + 2 + 2 if dialect == "fused" else 14)
+    assert cudart.launches == (0 + 8 if dialect == "fused" else 0)
+    assert trt.contexts[-1].runs == (3 + 3 + 2 if dialect == "fused" else 14)
 
 
 @both_dialects
@@ -479,7 +506,7 @@ def test_features_and_merged_tokens_are_those_of_onnx_runtime(with_merger, monke
         np.testing.assert_array_equal(merged, expected_merger.merge(features, query, key, 0.8, 0.02 * count))
         assert merged.flags.owndata and merged.dtype == np.float32
         key = None if count == 3 else features[0]
-    assert cudart.launches == 3 * 3  # of four full batches of each kind, the first is not recorded
+    assert cudart.launches == 3 * 2  # of four full batches of each kind, the second is recorded
     np.testing.assert_array_equal(
         merger.merge(features[:, :1], query, None, 0.5, 0.1),
         expected_merger.merge(features[:, :1], query, None, 0.5, 0.1),
@@ -837,6 +864,15 @@ def test_a_machine_without_a_gpu_says_so_in_one_sentence(bundle):
             Cuda()
 
 
+def test_a_driver_that_is_too_old_for_the_bindings_is_told_what_to_install():
+    class TooOld(int):
+        name = "cudaErrorInsufficientDriver"
+
+    cudart = types.SimpleNamespace(cudaGetDeviceCount=lambda: (TooOld(35), 0))
+    with pytest.raises(InputError, match="cudaErrorInsufficientDriver; for a driver of CUDA 12 run: pip install 'cuda"):
+        Cuda(cudart)
+
+
 # -- the self-test -----------------------------------------------------------------------------------------------------
 
 
@@ -916,3 +952,12 @@ def test_cuda_python_has_what_is_called():
     assert bindings.cudaDeviceAttr(76).name == "cudaDevAttrComputeCapabilityMinor"
     assert bindings.cudaStreamCaptureMode(1).name == "cudaStreamCaptureModeThreadLocal"
     assert (bindings.cudaStreamNonBlocking, bindings.cudaEventBlockingSync | bindings.cudaEventDisableTiming) == (1, 3)
+
+
+def test_the_self_test_says_which_gpus_tensorrt_rtx_is_not_for(monkeypatch, tmp_path):
+    hopper = Gpu(name="H200", capability="9.0", memory=1 << 37)
+    monkeypatch.setattr(self_test, "find_gpus", lambda: ([hopper], ""))
+    rtx = types.SimpleNamespace(__version__="1.7.1", ComputeCapability=types.SimpleNamespace(SM80=1))
+    monkeypatch.setattr(self_test.compile_tensorrt, "load", lambda flavour: rtx)
+    with pytest.raises(self_test.NotTaken, match=r"TensorRT-RTX 1\.7\.1 does not compile for compute capability 9\.0"):
+        self_test.compile_here(None, "fused", "tensorrt-rtx", tmp_path)
