@@ -76,22 +76,27 @@ def on_this_cpu(emulated, monkeypatch):
     return stand_in
 
 
-def checked(function, fake):
-    """The function as an operator of its own, of which torch checks what it checks on CUDA: that outputs share no
-    memory, and are shaped and laid out as the fake's."""
+def as_operator(function, fake):
+    """The function as an operator of its own, of which torch asks what it asks on CUDA, at each call that its outputs
+    share no memory."""
     op = torch.library.custom_op(f"liteframe_test::{function.__name__}", function, mutates_args=())
     op.register_fake(fake)
-
-    def call(*arguments):
-        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
-        return op(*arguments)
-
-    return call
+    return op
 
 
-CONVOLVE = checked(torch_library.convolve_on_cuda, torch_library.fake_convolve)
-CONVOLVE_BACKWARD = checked(torch_library.convolve_backward_on_cuda, torch_library.fake_backward)
-POOL = checked(torch_library.pool_on_cuda, torch_library.fake_pool)
+CONVOLVE = as_operator(torch_library.convolve_on_cuda, torch_library.fake_convolve)
+CONVOLVE_BACKWARD = as_operator(torch_library.convolve_backward_on_cuda, torch_library.fake_backward)
+POOL = as_operator(torch_library.pool_on_cuda, torch_library.fake_pool)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_comes_from_cuda_is_laid_out_as_torch_was_told(on_this_cpu, case):
+    (x, weight, bias, residual), grid, strides = tensors(case, dtype=torch.float32)
+    x, weight, bias, residual = (tensor.detach() for tensor in (x, weight, bias, residual))
+    tests = "test_schema", "test_faketensor"
+    torch.library.opcheck(CONVOLVE, (x, weight, bias, grid, strides, residual), test_utils=tests)
+    torch.library.opcheck(CONVOLVE_BACKWARD, (residual, x, weight, grid, strides), test_utils=tests)
+    torch.library.opcheck(POOL, (torch.ones(2, 4, 13, 16), [2, 2, 2, 2, 3, 1]), test_utils=tests)
 
 
 def close(found, expected, type_):
