@@ -125,3 +125,33 @@ def expected_pooling(x, blocks):
     x = np.asarray(x, np.float64)
     largest = np.abs(x).max()
     return pool_op.numpy_reference(x, blocks), largest * (1 + largest**2 * x.shape[-1] ** 0.5)
+
+
+def check_scores_that_exp_can_not_hold(pool, type_, blocks, channels):
+    """Of `pool(x, type_, blocks)`: one token of each block wins by thousands, in whichever chunk it is."""
+    x = tokens(0, 1, blocks, channels, 60.0, TYPES[type_])
+    found = np.asarray(pool(x, type_, blocks), np.float64)
+    assert np.isfinite(found).all()
+    close(found, expected_pooling(x, blocks)[0], 1e-3, type_)
+
+
+def check_nan_and_infinity_stay_where_they_reach(convolve, pool, type_, channels):
+    """Of `convolve(case)` and `pool(x, type_, blocks)`."""
+    case = Convolution(0, type_, 2, 4, (9,), channels, (3, 1), (1, 1))
+    case.x[0, 1, 4, 3] = np.nan
+    case.x[1, 3, 0, 5] = np.inf
+    out = np.asarray(convolve(case), np.float64)
+    reached = np.zeros(out.shape, bool)
+    reached[0, 0:3, 4, 3] = reached[1, 2:4, 0, 5] = True
+    assert (np.isfinite(out) != reached).all()
+    assert np.isnan(out[0, 0:3, 4, 3]).all() and np.isinf(out[1, 2:4, 0, 5]).all()
+
+    blocks = (1, 4, 2, 2, 2, 2)
+    x = tokens(1, 2, blocks, channels, 1.0, TYPES[type_])
+    x[0, 2, 1, 0] = np.nan  # of the first block of the first clip
+    found = np.asarray(pool(x, type_, blocks), np.float64)
+    assert np.isnan(found[0, 0]).all()
+    assert np.isfinite(found[0, 1:]).all() and np.isfinite(found[1]).all()
+    x[0, 2, 1, 0] = 0.0
+    x[0, 2, 1] = x[0, 2, 0] = np.finfo(np.float32).max if type_ != "fp16" else np.inf  # its score is infinite
+    assert np.isnan(np.asarray(pool(x, type_, blocks), np.float64)[0, 0]).all()

@@ -59,10 +59,6 @@ bool all_at(At at, unsigned first, unsigned count) {
     return std::all_of(begins, begins + count, [at](const Thread& thread) { return thread.at == at; });
 }
 
-void release(unsigned first, unsigned count) {
-    for (unsigned i = first; i < first + count; i++) now.threads[i].at = At::WORK;
-}
-
 // As far as it comes without other warps: that far ahead of them it may be on a GPU, too.
 void run_warp(unsigned warp, bool falling) {
     do {
@@ -88,7 +84,7 @@ Status run_block(bool falling) {
     }
     const unsigned count = static_cast<unsigned>(now.threads.size());
     do {
-        release(0, count);
+        for (Thread& thread : now.threads) thread.at = At::WORK;
         for (unsigned i = 0; i < count; i += WARP) run_warp(falling ? count - WARP - i : i, falling);
     } while (all_at(At::BARRIER, 0, count));
     return all_at(At::END, 0, count) ? OK : DIVERGED;

@@ -2,8 +2,10 @@
 
 import itertools
 import subprocess
+from functools import partial
 
 import numpy as np
+import operator_cases
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,43 +70,23 @@ def test_pooling_equals_numpys(native_host, case, type_, size):
 def test_scores_that_exp_can_not_hold(native_host, type_):
     """One token of each block wins by thousands; equal ones share."""
     blocks, channels = (1, 4, 2, 2, 2, 2), 64
+    operator_cases.check_scores_that_exp_can_not_hold(partial(pool, native_host), type_, blocks, channels)
     x = tokens(0, 1, blocks, channels, 60.0, TYPES[type_])
-    found = pool(native_host, x, type_, blocks)
-    assert np.isfinite(found).all()
-    close(found, expected_pooling(x, blocks)[0], 1e-3, type_)
     x[:, :, 1:] = x[:, :1, 1:2]
     x[:, :, 0] = x[:, :1, 0]
-    close(
-        pool(native_host, x, type_, blocks),
-        np.broadcast_to(np.asarray(x[0, 0, 1], np.float64), found.shape),
-        60.0,
-        type_,
-    )
+    found = pool(native_host, x, type_, blocks)
+    close(found, np.broadcast_to(np.asarray(x[0, 0, 1], np.float64), found.shape), 60.0, type_)
 
 
 @pytest.mark.parametrize("type_", TYPES)
 def test_nan_and_infinity_stay_where_they_reach(native_host, type_):
-    case = Convolution(0, type_, 2, 4, (9,), 16, (3, 1), (1, 1))
-    case.x[0, 1, 4, 3] = np.nan
-    case.x[1, 3, 0, 5] = np.inf
-    out = poisoned(case.out_shape, TYPES[type_])
-    pointers = map(at, (case.x, case.weight, case.bias, None, out))
-    assert native_host.liteframe_depthwise_temporal_conv([*TYPES].index(type_), *pointers, *case.arguments()) == 0
-    out = np.asarray(out, np.float64)
-    reached = np.zeros(out.shape, bool)
-    reached[0, 0:3, 4, 3] = reached[1, 2:4, 0, 5] = True
-    assert (np.isfinite(out) != reached).all()
-    assert np.isnan(out[0, 0:3, 4, 3]).all() and np.isinf(out[1, 2:4, 0, 5]).all()
+    def convolve(case):
+        out = poisoned(case.out_shape, TYPES[type_])
+        pointers = map(at, (case.x, case.weight, case.bias, None, out))
+        assert native_host.liteframe_depthwise_temporal_conv([*TYPES].index(type_), *pointers, *case.arguments()) == 0
+        return out
 
-    blocks = (1, 4, 2, 2, 2, 2)
-    x = tokens(1, 2, blocks, 16, 1.0, TYPES[type_])
-    x[0, 2, 1, 0] = np.nan  # of the first block of the first clip
-    found = pool(native_host, x, type_, blocks)
-    assert np.isnan(found[0, 0]).all()
-    assert np.isfinite(found[0, 1:]).all() and np.isfinite(found[1]).all()
-    x[0, 2, 1, 0] = 0.0
-    x[0, 2, 1] = x[0, 2, 0] = np.finfo(np.float32).max if type_ != "fp16" else np.inf  # its score is infinite
-    assert np.isnan(pool(native_host, x, type_, blocks)[0, 0]).all()
+    operator_cases.check_nan_and_infinity_stay_where_they_reach(convolve, partial(pool, native_host), type_, 16)
 
 
 def test_any_number_of_threads_gives_the_same(native_host):
